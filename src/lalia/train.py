@@ -1,0 +1,240 @@
+"""The training loop: plain, resumable at any step, the same for every system.
+
+Each step is a pure function of (weights, optimizer state, seed, step): the random state is set anew from (seed, step, rank) before
+it, and the loader's batches are a function of (seed, epoch, position). A checkpoint therefore holds weights, optimizer state and
+four counters, and nothing else can be forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lalia import checkpoint, dist, optim, run_setup
+from lalia.checkpoint import RunFolder
+from lalia.logs import Logs, Progress
+from lalia.run_setup import Interrupt, NonFinite, Setup
+from lalia.sections import RunConfig
+from lalia.system import Clock, loss_weights
+
+log = logging.getLogger("lalia.train")
+
+
+@dataclass
+class Counters:
+    """Where the run stands; saved in every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0  # batches done in this epoch
+    seconds: float = 0.0  # wall-clock training seconds over all starts
+    audio_seconds: float = 0.0
+    best: float | None = None
+    best_step: int = -1
+    skipped: int = 0
+
+
+@dataclass
+class Window:
+    """Sums since the last log line, kept on the device so that a step waits for nothing."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        result = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return result
+
+
+class Trainer:
+    """One run in one process (of possibly several). ``fit()`` returns the counters at its end."""
+
+    def __init__(self, config: RunConfig, run: RunFolder, setup: Setup, logs: Logs, counters: Counters) -> None:
+        self.config, self.run, self.logs, self.counters = config, run, logs, counters
+        self.world, self.system, self.optimizers = setup.world, setup.system, setup.optimizers
+        self.train_loader, self.valid_loader, self.ema = setup.train_loader, setup.valid_loader, setup.ema
+        self.weights = loss_weights(config)
+        self.guard = NonFinite(config.train, run.path, self.world)
+        self.window = Window()
+        self.metrics: dict[str, float] = {}
+        self.evaluated_at = -1
+        self.started = self.saved_at = time.monotonic()
+        self.seconds_before = counters.seconds
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+    def fit(self) -> Counters:
+        c, t = self.counters, self.config.train
+        if c.step == 0:
+            self._save(best=False)
+        with Interrupt() as interrupt, Progress(t.steps, t.minutes, self.world.is_main) as progress:
+            while not self._finished(interrupt):
+                for batch in self.train_loader.batches(c.epoch, c.position, c.step):
+                    self._step(batch, progress)
+                    if self._finished(interrupt):
+                        break
+                if c.position >= self.train_loader.count(c.epoch):
+                    self.logs.epoch(c.epoch, c.step, self.train_loader.waste(c.epoch))
+                    c.epoch, c.position = c.epoch + 1, 0
+        self.train_loader.close()
+        improved = not interrupt.asked and self.evaluated_at != c.step and self._evaluate()
+        self._save(best=improved)
+        self.logs.curves()
+        if interrupt.asked:
+            log.warning("stopped at step %d and saved; the same command goes on from there", c.step)
+        return c
+
+    def _finished(self, interrupt: Interrupt) -> bool:
+        """Ranks leave the loop together: what one wants at this step, all do."""
+        c, t = self.counters, self.config.train
+        over = t.minutes > 0 and (time.monotonic() - self.started) / 60 >= t.minutes
+        done = bool(t.steps and c.step >= t.steps) or bool(t.epochs and c.epoch >= t.epochs)
+        return self._any_rank(done or over or interrupt.asked)
+
+    def _any_rank(self, flag: bool) -> bool:
+        return flag if self.world.size == 1 else bool(dist.average(float(flag)) > 0)
+
+    def _step(self, batch: Any, progress: Progress) -> None:
+        c = self.counters
+        clock = Clock(self.config.train.seed, c.step, c.epoch, self.config.train.steps)
+        run_setup.seed_step(clock, self.world.rank)
+        rates = optim.set_learning_rates(self.optimizers, self.config, c.step, c.epoch, self.config.train.steps)
+        self.system.train()
+        self.window.add(self._turns(batch.to(self.world.device), clock))
+        self.window.add({f"learning_rate_{name}": rate for name, rate in rates.items()})
+        c.step, c.position = c.step + 1, c.position + 1
+        c.seconds = self.seconds_before + time.monotonic() - self.started
+        c.audio_seconds += run_setup.audio_seconds(self.system, batch)
+        if self.ema is not None:
+            self.ema.update(c.step)
+        self._housekeeping(progress)
+
+    def _turns(self, batch: Any, clock: Clock) -> dict[str, Any]:
+        """One pass of the system's generator: weigh, back-propagate, average, clip, step — once per turn."""
+        figures: dict[str, Any] = {}
+        for name, losses in self.system.turns(batch, clock):
+            optimizer = self.optimizers[name]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            figures.update(run_setup.turn_figures(name, losses, self.weights))
+            total = figures[f"loss/{name}/total"]
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            dist.average_gradients(parameters, self.config.dist.bucket_mb)
+            norm = optim.clip_gradients(parameters, optim.section(self.config, name).clip)
+            figures[f"grad_norm_{name}"] = norm
+            if self.guard.check(name, total, norm, losses, batch.ids, clock):
+                optimizer.step()
+            else:
+                self.counters.skipped += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        return {**figures, **self.system.scalars()}
+
+    # --- logs, evaluation, checkpoints --------------------------------------------------------------------------------
+    def _housekeeping(self, progress: Progress) -> None:
+        c, t = self.counters, self.config.train
+        progress.update(c.step, c.audio_seconds, self.train_loader.waste(c.epoch))
+        if c.step % max(1, t.log_every) == 0:
+            means = self.window.means()
+            progress.update(c.step, **{k.removeprefix("loss/"): v for k, v in means.items() if k.endswith("/total")})
+            self.logs.scalars(c.step, {**means, "skipped": c.skipped, "hours": c.seconds / 3600}, epoch=c.epoch)
+        improved = bool(t.eval_every) and c.step % t.eval_every == 0 and self._evaluate()
+        late = t.save_minutes > 0 and (time.monotonic() - self.saved_at) / 60 >= t.save_minutes
+        due = bool(t.save_every) and c.step % t.save_every == 0
+        if improved or due or (t.save_minutes > 0 and self._any_rank(late)):
+            self._save(best=improved)
+        if t.weights_every and c.step % t.weights_every == 0 and self.world.is_main:
+            checkpoint.save_weights(self.run, c.step, self._inference_weights())
+
+    def _evaluate(self) -> bool:
+        """Validate on rank 0 while the others wait on a barrier of its own; True when the best metric improved."""
+        c, improved = self.counters, False
+        self.evaluated_at = c.step
+        if self.valid_loader is not None:
+            with dist.alone():
+                self.metrics = run_setup.validate(
+                    self.system, self.valid_loader, self.config, self.weights, self.logs, c.step
+                )
+            self.logs.scalars(c.step, self.metrics, "eval", epoch=c.epoch)
+            value = self.metrics.get(self.system.best_metric, math.nan)
+            sign = 1 if self.system.best_is_lower else -1
+            improved = math.isfinite(value) and (c.best is None or sign * value < sign * c.best)
+            if improved:
+                c.best, c.best_step = value, c.step
+        dist.wait_for_main("evaluate", self.config.dist.eval_timeout_seconds)
+        improved, c.best, c.best_step = dist.broadcast_object((improved, c.best, c.best_step))
+        return improved
+
+    def _inference_weights(self) -> dict[str, Tensor]:
+        raw = self.system.state_dict()
+        return {**raw, **self.ema.state()} if self.ema is not None else raw
+
+    def _save(self, best: bool) -> None:
+        """One atomic set. ``model.safetensors`` is what inference uses; with an average, the raw weights go to the state."""
+        self.saved_at, c = time.monotonic(), self.counters
+        if self.world.is_main:
+            state = {"counters": asdict(c), "optimizers": optim.optimizer_state(self.optimizers)}
+            if self.ema is not None:
+                state["raw"] = self.system.state_dict()
+            meta = {"system": self.config.system, "epoch": c.epoch, "metrics": self.metrics, "seconds": c.seconds}
+            checkpoint.save_set(self.run, c.step, self._inference_weights(), state, meta, best=best)
+            checkpoint.prune(self.run, self.config.train.keep)
+        dist.wait_for_main("save", self.config.dist.eval_timeout_seconds)
+
+
+def resume(config: RunConfig, run: RunFolder, setup: Setup) -> Counters:
+    """Take up the newest whole set of the run folder, or begin at step 0 (from ``train.init_from`` when it is given)."""
+    found = checkpoint.latest_set(run, repair=setup.world.is_main)
+    if found is None:
+        run_setup.initial_weights(config, setup.system)
+        return Counters()
+    state, model = found.state(), found.model()
+    setup.system.load_state_dict(state.get("raw", model))
+    if setup.ema is not None:
+        setup.ema.load_state(model)
+    if config.train.skip_optimizer:
+        log.warning("train.skip_optimizer: optimizers start afresh; the learning rate stays where the schedule is")
+    else:
+        optim.load_optimizer_state(setup.optimizers, state["optimizers"])
+    counters = Counters(**state["counters"])
+    log.info("going on from %s: epoch %d, batch %d", found.path.name, counters.epoch, counters.position)
+    return counters
+
+
+def train(config: RunConfig, run_path: str | Path, source: str | Path | None = None) -> Counters:
+    """Train ``config`` in the folder ``run_path``, or go on where that folder stands.
+
+    ``source`` is the configuration file, of which the folder gets a copy. Raises RunLocked when another process trains
+    there, DamagedCheckpoint, ConfigError, ManifestError, NonFiniteLoss.
+    """
+    world = dist.start(config.dist, config.train.device)
+    run = RunFolder(run_path)
+    try:
+        if world.is_main:
+            run.create()
+            run.lock()
+        dist.wait_for_main("lock")
+        with Logs(run.path, world.rank) as logs:
+            setup = run_setup.prepare_run(config, run, world, source)
+            counters = resume(config, run, setup)
+            logs.resume_at(counters.step)
+            dist.assert_same_weights(setup.system)
+            result = Trainer(config, run, setup, logs, counters).fit()
+            dist.assert_same_weights(setup.system)
+        return result
+    finally:
+        run.unlock()
+        dist.stop()
