@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import soundfile
 
+from lalia.config import load_run_config
 from lalia.data import Row, write_manifest
+from lalia.sections import RunConfig
 
 
 def make_wave(seconds: float, sample_rate: int = 16000, seed: int = 0) -> np.ndarray:
@@ -69,3 +72,36 @@ def make_corpus(folder: str | Path, clips: int = 8, sample_rate: int = 16000, sp
     manifest = folder / "all.jsonl"
     write_manifest(manifest, rows)
     return manifest
+
+
+TINY_VITS2 = [
+    "audio.sample_rate=16000", "audio.n_fft=512", "audio.hop=256", "audio.win=512", "audio.mels=20",
+    "data.batch_size=4", "data.segment_frames=16", "data.workers=0",
+    "model.width=16", "model.filter=32", "model.layers=2", "model.speaker_layer=1", "model.posterior_layers=2",
+    "model.flow=wavenet", "model.flows=2", "model.flow_layers=1", "model.speaker_width=8", "model.duration_width=16",
+    "model.istft.channels=32", "model.istft.layers=1",
+    "discriminator.scales=0", "discriminator.periods=[2]", "discriminator.channels=0.03125",
+    "train.steps=2", "train.log_every=1", "train.eval_every=2", "train.valid_batches=1", "train.device=cpu", "train.threads=1",
+]  # fmt: skip
+
+
+def tiny_vits2_config(folder: str | Path, **overrides: Any) -> RunConfig:
+    """A very small ``vits2`` on 8 synthetic clips of 2 speakers under ``folder/corpus`` (made once), two steps long.
+
+    ``overrides`` are dotted keys: ``tiny_vits2_config(folder, **{"train.steps": 5, "discriminator.duration": False})``.
+    """
+    manifest = Path(folder) / "corpus" / "all.jsonl"
+    if not manifest.is_file():
+        make_corpus(manifest.parent)
+    items = ["system=vits2", f"data.train=[{manifest}]", f"data.valid=[{manifest}]", *TINY_VITS2]
+    items += [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()]
+    return load_run_config(None, items)
+
+
+def train_tiny_run(folder: str | Path, **overrides: Any) -> Path:
+    """Train :func:`tiny_vits2_config` in ``folder/run``; returns the run folder. About two seconds."""
+    from lalia.train import train
+
+    run = Path(folder) / "run"
+    train(tiny_vits2_config(folder, **overrides), run)
+    return run

@@ -116,3 +116,10 @@ def test_the_shape_of_optimizer_states_survives(tmp_path: Path) -> None:
     loaded = found.state()["optimizers"]["main"]
     assert loaded["param_groups"] == [group]
     assert torch.equal(loaded["state"][0]["exp_avg"], saved["state"][0]["exp_avg"])  # type: ignore[index]
+
+
+def test_load_of_no_run_is_clear(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        checkpoint.load(tmp_path)

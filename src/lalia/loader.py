@@ -245,6 +245,7 @@ class Loader:
         self._pin = pin and torch.cuda.is_available()
         self._loader: DataLoader[_Made] | None = None
         self._planned: tuple[int, list[list[int]]] = (-1, [])
+        self._waste: tuple[int, float] = (-1, 0.0)
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Indices into the corpus of every batch of this rank, see :func:`lalia.batching.plan_epoch`."""
@@ -267,7 +268,9 @@ class Loader:
 
     def waste(self, epoch: int) -> float:
         """Share of padding in this rank's batches of ``epoch``."""
-        return padding_waste(self.lengths, self.plan(epoch))
+        if self._waste[0] != epoch:  # asked for at every step, and a pass over the whole corpus
+            self._waste = (epoch, padding_waste(self.lengths, self.plan(epoch)))
+        return self._waste[1]
 
     def batches(self, epoch: int, start: int = 0, clock_step: int = 0) -> Iterator[Any]:
         """Collated batches from plan position ``start``; nothing before it is decoded.

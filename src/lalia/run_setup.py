@@ -107,17 +107,22 @@ def read_rows(paths: list[str], key: str, max_bad_fraction: float) -> Corpus:
 
 
 def shared_tables(run: RunFolder, make: Any, world: dist.World) -> dict[str, Any]:
-    """Tables of this run: those it began with, else made by rank 0 now. The training data may grow, ids never move."""
-    if world.is_main and not (run.path / "tables.json").is_file():
+    """Tables of this run: those its checkpoints go with, else made by rank 0 now. The training data may grow, ids never move."""
+    if world.is_main and not ((run.path / "tables.json").is_file() and has_sets(run.path)):
         run.write_tables(make())
     dist.wait_for_main("tables", 600.0)
     return run.read_tables()
 
 
+def has_sets(run: Path) -> bool:
+    """Whether training has begun in this folder, be its checkpoints whole or damaged."""
+    return any(run.glob("step-*"))
+
+
 def check_unchanged(config: RunConfig, run: Path) -> None:
     """ConfigError when a run that has checkpoints is continued with another network or another sound."""
     stored = run / "config.yaml"
-    if not stored.is_file() or checkpoint.latest_set(run) is None:
+    if not stored.is_file() or not has_sets(run):
         return
     changed = configuration.difference(configuration.load_run_config(stored), config)
     fatal = [key for key in changed if key.startswith(FIXED_SECTIONS)]
@@ -157,23 +162,27 @@ def initial_weights(config: RunConfig, system: System) -> None:
     if not config.train.init_from:
         return
     tensors = checkpoint.load_weights(config.train.init_from)
-    present = {key.split(".", 1)[0] for key in tensors}
-    fresh = [name for name, _ in system.named_children() if name not in present]
-    report = checkpoint.partial_load(system, tensors, allow=[f"{name}.*" for name in fresh])
-    if fresh:
-        log.warning("%s has no %s: these start fresh", config.train.init_from, ", ".join(fresh))
+    given, wanted = ({key.split(".", 1)[0] for key in keys} for keys in (tensors, system.state_dict()))
+    if not given & wanted:
+        raise ConfigError(f"train.init_from={config.train.init_from} has none of {', '.join(sorted(wanted))}: not weights of this system")
+    report = checkpoint.partial_load(system, tensors, allow=[f"{name}.*" for name in given ^ wanted])
+    if wanted - given:
+        log.warning("%s has no %s: these start fresh", config.train.init_from, ", ".join(sorted(wanted - given)))
     log.info("weights from %s: %s", config.train.init_from, report.text())
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------
 def turn_figures(turn: str, losses: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """``loss/<turn>/<name>`` of each loss and ``loss/<turn>/total`` = Σ weight · loss. A loss without a weight is a ValueError."""
+    """``loss/<turn>/<name>`` of each loss and ``loss/<turn>/total`` = Σ weight · loss. A loss without a weight is a ValueError.
+
+    A weight of 0 leaves the loss out altogether; a total without any loss has no graph.
+    """
     unknown = [name for name in losses if name not in weights]
     if unknown:
         raise ValueError(f"losses without a weight in the configuration: {', '.join(unknown)}")
     figures = {f"loss/{turn}/{name.removeprefix('loss_')}": value for name, value in losses.items()}
-    total = torch.stack([weights[name] * value.float() for name, value in losses.items()]).sum()
-    return {**figures, f"loss/{turn}/total": total}
+    parts = [weights[name] * value.float() for name, value in losses.items() if weights[name] != 0]
+    return {**figures, f"loss/{turn}/total": torch.stack(parts).sum() if parts else torch.zeros(())}
 
 
 # --- validation -----------------------------------------------------------------------------------------------------

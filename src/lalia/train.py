@@ -7,6 +7,7 @@ four counters, and nothing else can be forgotten.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -72,6 +73,7 @@ class Trainer:
         self.window = Window()
         self.metrics: dict[str, float] = {}
         self.evaluated_at = -1
+        self.saved_step = counters.step if counters.step else -1
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = counters.seconds
 
@@ -80,7 +82,8 @@ class Trainer:
         c, t = self.counters, self.config.train
         if c.step == 0:
             self._save(best=False)
-        with Interrupt() as interrupt, Progress(t.steps, t.minutes, self.world.is_main) as progress:
+        bar = Progress(t.steps, t.minutes, self.world.is_main)
+        with contextlib.closing(self.train_loader), Interrupt() as interrupt, bar as progress:
             while not self._finished(interrupt):
                 for batch in self.train_loader.batches(c.epoch, c.position, c.step):
                     self._step(batch, progress)
@@ -89,11 +92,12 @@ class Trainer:
                 if c.position >= self.train_loader.count(c.epoch):
                     self.logs.epoch(c.epoch, c.step, self.train_loader.waste(c.epoch))
                     c.epoch, c.position = c.epoch + 1, 0
-        self.train_loader.close()
-        improved = not interrupt.asked and self.evaluated_at != c.step and self._evaluate()
-        self._save(best=improved)
+        asked = self._any_rank(interrupt.asked)
+        improved = not asked and self.evaluated_at != c.step and self._evaluate()
+        if improved or self.saved_step != c.step:
+            self._save(best=improved)
         self.logs.curves()
-        if interrupt.asked:
+        if asked:
             log.warning("stopped at step %d and saved; the same command goes on from there", c.step)
         return c
 
@@ -114,7 +118,7 @@ class Trainer:
         rates = optim.set_learning_rates(self.optimizers, self.config, c.step, c.epoch, self.config.train.steps)
         self.system.train()
         self.window.add(self._turns(batch.to(self.world.device), clock))
-        self.window.add({f"learning_rate_{name}": rate for name, rate in rates.items()})
+        self.window.add({"learning_rate": [*rates.values()][-1]} | {f"learning_rate_{n}": rate for n, rate in rates.items()})
         c.step, c.position = c.step + 1, c.position + 1
         c.seconds = self.seconds_before + time.monotonic() - self.started
         c.audio_seconds += run_setup.audio_seconds(self.system, batch)
@@ -130,6 +134,8 @@ class Trainer:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             figures.update(run_setup.turn_figures(name, losses, self.weights))
             total = figures[f"loss/{name}/total"]
+            if not total.requires_grad:  # every loss of this turn is switched off
+                continue
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             dist.average_gradients(parameters, self.config.dist.bucket_mb)
@@ -164,7 +170,8 @@ class Trainer:
         c, improved = self.counters, False
         self.evaluated_at = c.step
         if self.valid_loader is not None:
-            with dist.alone():
+            averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
+            with dist.alone(), averaged:  # what is measured is what model.safetensors will hold
                 self.metrics = run_setup.validate(
                     self.system, self.valid_loader, self.config, self.weights, self.logs, c.step
                 )
@@ -184,7 +191,7 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         """One atomic set. ``model.safetensors`` is what inference uses; with an average, the raw weights go to the state."""
-        self.saved_at, c = time.monotonic(), self.counters
+        self.saved_at, self.saved_step, c = time.monotonic(), self.counters.step, self.counters
         if self.world.is_main:
             state = {"counters": asdict(c), "optimizers": optim.optimizer_state(self.optimizers)}
             if self.ema is not None:
@@ -200,6 +207,8 @@ def resume(config: RunConfig, run: RunFolder, setup: Setup) -> Counters:
     found = checkpoint.latest_set(run, repair=setup.world.is_main)
     if found is None:
         run_setup.initial_weights(config, setup.system)
+        if setup.ema is not None:
+            setup.ema.load_state(setup.system.state_dict())
         return Counters()
     state, model = found.state(), found.model()
     setup.system.load_state_dict(state.get("raw", model))
@@ -231,8 +240,10 @@ def train(config: RunConfig, run_path: str | Path, source: str | Path | None = N
             setup = run_setup.prepare_run(config, run, world, source)
             counters = resume(config, run, setup)
             logs.resume_at(counters.step)
+            dist.wait_for_main("setup")  # it has more to do than the others, and a collective would not wait so long
             dist.assert_same_weights(setup.system)
             result = Trainer(config, run, setup, logs, counters).fit()
+            dist.wait_for_main("end")
             dist.assert_same_weights(setup.system)
         return result
     finally:

@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 SOURCES: dict[str, Source] = {
     "asterisk": Source(prepare_asterisk, AsteriskOptions, "studio prompts in en es fr it ru, from Debian packages"),
-    "folder": Source(prepare_folder, FolderOptions, "audio with .txt or .lab files beside it, or with a metadata table"),
+    "folder": Source(prepare_folder, FolderOptions, "audio with .txt or .lab files beside it, or a metadata table"),
     "jsonl": Source(prepare_jsonl, Options, "any JSONL manifest, examined and split again"),
     "list": Source(prepare_filelist, FilelistOptions, "wav|speaker|language|text lists of the VITS family"),
     "synth": Source(prepare_synth, SynthOptions, "robotic speech made here by espeak-ng; needs nothing but pip"),
@@ -155,7 +155,7 @@ def _check_shares(shares: Sequence[float]) -> None:
 
 
 def _assign(result: PrepareResult, shares: Sequence[float]) -> dict[str, list[Row]]:
-    """Rows by split. The corpus's own split counts; a split that it lacks is taken from its training part by the hash."""
+    """Rows by split. The corpus's own split counts; one that it lacks is taken from its training part by the hash."""
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     prescribed = set(result.official.values())
     for row in result.rows:
@@ -198,12 +198,12 @@ def _judge(report: Report, result: PrepareResult, max_bad_fraction: float) -> No
         first = result.rejected[0]
         first_words = f"{first.path}: {first.reason.value} {first.details}"
         raise CorpusError(f"no usable clip among {report.found} ({reasons}); the first: {first_words}; see {where}")
-    if not report.clips["train"]:
-        raise CorpusError(f"no clip of {report.usable} falls into the training split; more clips are needed")
     bad = report.found - report.usable
     if bad > max_bad_fraction * report.found:
         limit = f"above max_bad_fraction {max_bad_fraction:g}"
         raise CorpusError(f"{bad} of {report.found} clips are unusable ({reasons}), {limit}; see {where}")
+    if not report.clips["train"]:
+        raise CorpusError(f"no clip of {report.usable} falls into the training split; more clips are needed")
 
 
 def _write_rejected(path: Path, rejected: Iterable[Rejected]) -> None:

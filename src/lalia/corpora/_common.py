@@ -246,7 +246,7 @@ def audio_files(root: Path) -> list[Path]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str | None]]:
-    """Numbered lines of a text file without the blank ones; None for one that is not UTF-8. A byte-order mark is cut."""
+    """Numbered lines of a text file but the blank ones; None for one that is not UTF-8. A byte-order mark is cut."""
     for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if not raw.strip():
             continue

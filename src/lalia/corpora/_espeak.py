@@ -1,7 +1,8 @@
 """espeak-ng through ctypes, as a script: reads jobs as JSON from stdin and writes 16-bit wavs.
 
 It runs in a process of its own, because the C library is one global state, and imports nothing of Lalia, so that it
-starts at once. A job is ``{"voice", "rate", "text", "path"}``; exit status 2 with a message on stderr means an unknown voice.
+starts at once. A job is ``{"voice", "rate", "text", "path"}``; exit status 2 with a message on stderr means an unknown
+voice.
 The constants are those of espeak-ng's ``speak_lib.h`` (API 12).
 """
 
@@ -12,13 +13,12 @@ import json
 import sys
 import wave
 
-import espeakng_loader
-
 AUDIO_OUTPUT_SYNCHRONOUS = 2
 CHARS_UTF8 = 1
 POSITION_CHARACTER = 1
 RATE_PARAMETER = 1
 UNKNOWN_VOICE = 2  # exit status
+SEED = 1
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
@@ -27,6 +27,8 @@ class Espeak:
     """The library, opened once; the 16-bit samples of each sentence are collected by its callback."""
 
     def __init__(self) -> None:
+        import espeakng_loader  # here, so that the module can be imported without it
+
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = str(espeakng_loader.get_data_path()).encode()
         self.sample_rate = int(self.library.espeak_Initialize(AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0))
@@ -46,6 +48,7 @@ class Espeak:
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise KeyError(voice)
         self.library.espeak_SetParameter(RATE_PARAMETER, rate, 0)
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(SEED))  # breath noise is random, by the clock if not told
         self.samples = bytearray()
         encoded = text.encode("utf-8")
         status = self.library.espeak_Synth(

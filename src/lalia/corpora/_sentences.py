@@ -65,7 +65,7 @@ PLACES = (
 )  # fmt: skip
 TIMES = (
     "early this morning", "just before midnight", "on the first day of March", "after the long meeting",
-    "last Wednesday", "while it was raining", "every other weekend", "an hour before sunset", "during the summer holidays", "at noon",
+    "last Wednesday", "while it was raining", "every other weekend", "an hour before sunset", "at noon",
 )  # fmt: skip
 QUESTIONS = (
     "Did you know that {s} {a} {t}?", "Is it true that {s} {a} {p}?", "Who would have guessed that {s} {a}?",

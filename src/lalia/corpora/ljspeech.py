@@ -10,7 +10,7 @@ from lalia.data import Row
 
 
 def prepare_ljspeech(options: Options) -> PrepareResult:
-    """``id|text|normalised text`` lines; the normalised text is used, a raw text that differs is ``extra["raw_text"]``."""
+    """``id|text|normalised text`` lines. The normalised text is used; a different raw one is ``extra["raw_text"]``."""
     found: list[Row | Rejected] = []
     for root in options.folders("ljspeech"):
         if not (root / "metadata.csv").is_file():

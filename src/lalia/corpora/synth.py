@@ -26,7 +26,7 @@ NOTE = "this is synthetic, robotic speech made by espeak-ng, not recordings of p
 
 @dataclass
 class SynthOptions(Options):
-    """``voices`` are espeak-ng voices, each with an optional ``+variant``, that take turns from sentence to sentence."""
+    """``voices`` are espeak-ng voices with an optional ``+variant`` that take turns from sentence to sentence."""
 
     sentences: int = 400
     voices: list[str] = field(default_factory=lambda: ["en-us", "en-us+f3", "en-gb-x-rp", "en-gb-scotland+m3"])

@@ -33,9 +33,7 @@ def _error_rates(clips: Sequence[ClipResult], condition: str, seed: int) -> list
     characters = [result.character_errors for result in results]
     return [
         metrics.ratio_figure(f"wer.{condition}", words, [c.words for c in clips], seed, scale=100, unit="%", note=note),
-        metrics.ratio_figure(
-            f"cer.{condition}", characters, [c.characters for c in clips], seed, scale=100, unit="%", note=note
-        ),
+        metrics.ratio_figure(f"cer.{condition}", characters, [c.characters for c in clips], seed, scale=100, unit="%", note=note),
     ]
 
 
@@ -45,15 +43,9 @@ def _closeness(clips: Sequence[ClipResult], condition: str, seed: int) -> list[F
     higher = Better.higher
     return [
         metrics.mean_figure(f"mel_distance.{condition}", [r.mel_distance for r in results], seed, "nepers", note=way),
-        metrics.mean_figure(
-            f"cepstral_distortion.{condition}", [r.cepstral_distortion for r in results], seed, "dB", note=way
-        ),
-        metrics.median_figure(
-            f"pitch_error.{condition}", [r.pitch_error for r in results], seed, "semitones", note=way
-        ),
-        metrics.mean_figure(
-            f"pitch_correlation.{condition}", [r.pitch_correlation for r in results], seed, "r", higher, way
-        ),
+        metrics.mean_figure(f"cepstral_distortion.{condition}", [r.cepstral_distortion for r in results], seed, "dB", note=way),
+        metrics.median_figure(f"pitch_error.{condition}", [r.pitch_error for r in results], seed, "semitones", note=way),
+        metrics.mean_figure(f"pitch_correlation.{condition}", [r.pitch_correlation for r in results], seed, "r", higher, way),
     ]
 
 

@@ -237,9 +237,7 @@ class _Job:
             speech = self.system.speak([request])[0]
         return np.asarray(speech.wave, dtype=np.float32), speech.sample_rate
 
-    def _draw(
-        self, result: ConditionResult, log_mel: np.ndarray, scale: tuple[float, float], stem: str, condition: str
-    ) -> None:
+    def _draw(self, result: ConditionResult, log_mel: np.ndarray, scale: tuple[float, float], stem: str, condition: str) -> None:
         result.picture = f"{stem}.{condition}.png"
         pictures.write_mel(self.out / result.picture, log_mel, scale)
 

@@ -136,9 +136,7 @@ def median_figure(
     return Figure(name, float(np.median(known)), low, high, len(known), unit, better, _with_caution(note, len(known)))
 
 
-def correlation_figure(
-    name: str, first: Sequence[float], second: Sequence[float], seed: int, note: str = ""
-) -> Figure | None:
+def correlation_figure(name: str, first: Sequence[float], second: Sequence[float], seed: int, note: str = "") -> Figure | None:
     """Pearson's r over clips; None where it is not defined."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     value = correlation(a, b)

@@ -51,9 +51,7 @@ def open_recogniser(source: str) -> Recogniser:
     if Path(source).is_dir():
         return WhisperRecogniser(source)
     if source.startswith((".", "/", "~")):
-        raise RecogniserError(
-            f"no folder {source}; give pocketsphinx, a Whisper folder, a hub id or wheel:whisper-base"
-        )
+        raise RecogniserError(f"no folder {source}; give pocketsphinx, a Whisper folder, a hub id or wheel:whisper-base")
     from lalia.pretrained import resolve
 
     folder = resolve(source, "whisper")
@@ -127,9 +125,7 @@ class WhisperRecogniser:
     def _pieces(self, pieces: list[np.ndarray], language: str) -> list[str]:
         texts = [""] * len(pieces)
         for window in sorted({self._window(len(piece)) for piece in pieces}):
-            members = sorted(
-                (i for i, p in enumerate(pieces) if self._window(len(p)) == window), key=lambda i: len(pieces[i])
-            )
+            members = sorted((i for i, p in enumerate(pieces) if self._window(len(p)) == window), key=lambda i: len(pieces[i]))
             for first in range(0, len(members), self.batch):
                 chosen = members[first : first + self.batch]
                 heard = self._batch([pieces[i] for i in chosen], window, language)
@@ -146,9 +142,7 @@ class WhisperRecogniser:
 
     @torch.inference_mode()
     def _batch(self, pieces: list[np.ndarray], window: int, language: str) -> list[str]:
-        features = self._processor.feature_extractor(
-            pieces, sampling_rate=SAMPLE_RATE, return_tensors="pt"
-        ).input_features
+        features = self._processor.feature_extractor(pieces, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         limits = [int(TOKENS_PER_SECOND * len(piece) / SAMPLE_RATE) + SPARE_TOKENS for piece in pieces]
         options: dict[str, Any] = {"max_new_tokens": max(limits), "num_beams": 1, "do_sample": False}
         if getattr(self._model.generation_config, "is_multilingual", True):  # the .en models refuse both

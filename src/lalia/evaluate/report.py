@@ -116,9 +116,7 @@ def _history(given: Sequence[Evaluation]) -> str:
         for i, e in enumerate(given)
     )
     note = (
-        "The same clips each time."
-        if len({tuple(c.id for c in e.clips) for e in given}) == 1
-        else "The clips differ between rows."
+        "The same clips each time." if len({tuple(c.id for c in e.clips) for e in given}) == 1 else "The clips differ between rows."
     )
     return f'<h2>How the figures moved</h2><p class="soft">{note}</p><div class="scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
 
@@ -126,7 +124,9 @@ def _history(given: Sequence[Evaluation]) -> str:
 def _cell(figure: Figure | None) -> str:
     if figure is None:
         return '<td class="n">–</td>'
-    return f'<td class="n">{wording.number(figure.value, figure.unit)}<br><small class="soft">{wording.interval(figure)}</small></td>'
+    return (
+        f'<td class="n">{wording.number(figure.value, figure.unit)}<br><small class="soft">{wording.interval(figure)}</small></td>'
+    )
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------------
@@ -144,9 +144,7 @@ def _examples(last: Evaluation, folder: Path) -> str:
 def _card(clip: ClipResult, folder: Path) -> str:
     longest = max(result.seconds for result in clip.conditions.values()) or 1.0
     columns = "".join(
-        _column(name, clip.conditions[name], clip.words, longest, folder)
-        for name in CONDITIONS
-        if name in clip.conditions
+        _column(name, clip.conditions[name], clip.words, longest, folder) for name in CONDITIONS if name in clip.conditions
     )
     alignment = ""
     if clip.alignment and (folder / clip.alignment).is_file():
@@ -172,9 +170,7 @@ def _column(name: str, result: ConditionResult, words: int, longest: float, fold
     count = f"{result.word_errors} of {words} words wrong" if result.word_errors else "all words right"
     if result.word_errors > words:
         count = f"{result.word_errors} errors on {words} words"
-    return (
-        f'<div>{head}{player}{picture}<p class="heard">heard: {heard}<br><small class="soft">{count}</small></p></div>'
-    )
+    return f'<div>{head}{player}{picture}<p class="heard">heard: {heard}<br><small class="soft">{count}</small></p></div>'
 
 
 def _sound(path: Path) -> str:
@@ -218,9 +214,7 @@ def _losses(path: Path) -> str:
         return ""
     key = '<p class="key small"><span class="recording"><i></i>training</span><span class="speech"><i></i>validation</span></p>'
     left = (
-        f'<p class="soft small">{len(charts) - len(order)} more losses are in metrics.csv.</p>'
-        if len(charts) > len(order)
-        else ""
+        f'<p class="soft small">{len(charts) - len(order)} more losses are in metrics.csv.</p>' if len(charts) > len(order) else ""
     )
     return f'<h2>Losses</h2>{key}<div class="charts">{"".join(drawn)}</div>{left}'
 

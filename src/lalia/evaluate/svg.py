@@ -67,9 +67,7 @@ class _Scale:
     def axes(self, across: str) -> str:
         middle = math.sqrt(self.y[0] * self.y[1]) if self.logarithmic else sum(self.y) / 2
         rows = [(self.y[0], HEIGHT - BOTTOM), (middle, (HEIGHT - BOTTOM + TOP) / 2), (self.y[1], TOP)]
-        grid = "".join(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>' for _, y in rows
-        )
+        grid = "".join(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>' for _, y in rows)
         ticks = "".join(f'<text x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_short(v)}</text>' for v, y in rows)
         foot = f'<text x="{LEFT}" y="{HEIGHT - 6}">{_short(self.x[0])}</text>' + (
             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{html.escape(across)} {_short(self.x[1])}</text>'

@@ -75,14 +75,12 @@ class TextSide:
 
     def analyse(self, text: str, language: str) -> Analysis:
         """Raises BadRow with the front end's reason, or when the language is not in this run's table."""
-        if language not in self.symbols.language_ids:
-            raise BadRow(f"language {language!r} is not in this model; it has {', '.join(self.symbols.language_ids)}")
+        if language not in self.symbols.languages:
+            raise BadRow(f"language {language!r} is not in this model; it has {', '.join(self.symbols.languages)}")
         try:
             analysis = analyse(text, language, on_unknown=OnUnknown[self.config.data.on_unknown.name])
         except TextError as error:
             raise BadRow(str(error)) from error
-        if len(analysis.phones) > self.config.data.max_phones:
-            raise BadRow(f"text too long: {len(analysis.phones)} phones, limit data.max_phones={self.config.data.max_phones}")
         return analysis
 
     def ids(self, analysis: Analysis) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -99,8 +97,8 @@ class TextSide:
         return as_tensor[0], as_tensor[1], as_tensor[2], word2ph
 
     def speaker(self, name: str) -> int:
-        """Speaker id; '' is the first. BadRow with the known names otherwise."""
-        if not name:
+        """Speaker id; '' is the first. BadRow with the known names otherwise. 0 when the voice comes from a recording."""
+        if not name or self.config.model.reference_encoder:
             return 0
         if name not in self.speakers:
             raise BadRow(f"unknown speaker {name!r}; this run has {', '.join(list(self.speakers)[:20])}")
@@ -125,7 +123,10 @@ def load_wave(row: Row, config: Config) -> Tensor:
 
 def prepare(row: Row, config: Config, text_side: TextSide) -> Example:
     """Row → Example; BadRow with the reason when text, speaker or audio cannot be used."""
-    text, tones, languages, word2ph = text_side.ids(text_side.analyse(row.text, row.language or config.data.languages[0]))
+    analysis = text_side.analyse(row.text, row.language or config.data.languages[0])
+    if len(analysis.phones) > config.data.max_phones:
+        raise BadRow(f"text too long: {len(analysis.phones)} phones, limit data.max_phones={config.data.max_phones}")
+    text, tones, languages, word2ph = text_side.ids(analysis)
     wave = load_wave(row, config)
     spectrogram = mel.spectrogram(wave, mel_spec(config))
     if spectrogram.shape[1] < len(text):

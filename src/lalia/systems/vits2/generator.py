@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lalia.nn.align import expand, log_likelihood, mas_noise, search_alignment
 from lalia.nn.couplings import Flow
-from lalia.nn.masks import segment_starts, sequence_mask, slice_segments
+from lalia.nn.masks import channel_mask, segment_starts, sequence_mask, slice_segments
 from lalia.nn.noise import RowNoise
 from lalia.nn.vocoder import HifiGanDecoder, IstftDecoder
 from lalia.systems.vits2.config import AudioConfig, Config, DecoderKind, ModelConfig
@@ -133,7 +133,7 @@ class Generator(nn.Module):
         return self.reference(text.reference, text.reference_lengths)
 
     def encode_text(self, text: TextInput, speaker: Tensor) -> Prior:
-        mask = sequence_mask(text.lengths, text.text.shape[1]).unsqueeze(1).to(speaker.dtype)
+        mask = channel_mask(text.lengths, text.text.shape[1])
         return self.text_encoder(text.text, text.tones, text.languages, mask, text.bert, speaker)
 
     def encode_audio(
@@ -141,7 +141,7 @@ class Generator(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Spectrogram [B, F, T] → latent sample, log-scale [B, D, T], mask [B, 1, T]."""
         frames = spectrogram.shape[2]
-        mask = sequence_mask(lengths, frames).unsqueeze(1).to(speaker.dtype)
+        mask = channel_mask(lengths, frames)
         drawn = noise.normal(self.model.width, lengths.tolist(), frames)
         latent, _, log_scale = self.posterior_encoder(spectrogram, mask, speaker, drawn)
         return latent, log_scale, mask
@@ -170,7 +170,7 @@ class Generator(nn.Module):
         durations = self.align(latent_prior, prior, (text.lengths, frame_lengths), noise_scale, noise)
 
         tokens = text.text.shape[1]
-        exact = durations.unsqueeze(1).to(speaker.dtype) * prior.mask
+        exact = durations.unsqueeze(1).float() * prior.mask  # never in bf16, which has no 257
         token_lengths = text.lengths.tolist()
         condition = self.stochastic_duration.condition(prior.hidden, prior.mask, speaker)
         nll = self.stochastic_duration(condition, prior.mask, exact, noise.normal(2, token_lengths, tokens))
@@ -228,7 +228,7 @@ class Generator(nn.Module):
         durations = cut_durations(durations, max_frames)
         lengths = durations.sum(1)
         frames = int(lengths.max())
-        mask = sequence_mask(lengths, frames).unsqueeze(1).to(speaker.dtype)
+        mask = channel_mask(lengths, frames)
         mean = expand(prior.mean, durations, frames)
         scale = expand(prior.log_scale, durations, frames).exp()
         drawn = noise.normal(self.model.width, lengths.tolist(), frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -138,14 +139,14 @@ def decode(system: Vits2, latent: Latent) -> np.ndarray:
 
 def check(request: SpeakRequest) -> None:
     """ValueError when a setting makes no sense."""
-    if request.length_scale <= 0:
-        raise ValueError(f"length_scale must be above 0, got {request.length_scale}")
+    for name in ("length_scale", "max_seconds"):
+        if not 0 < getattr(request, name) < math.inf:
+            raise ValueError(f"{name} must be above 0, got {getattr(request, name)}")
+    for name in ("noise_scale", "noise_scale_w", "pause"):
+        if not 0 <= getattr(request, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or above, got {getattr(request, name)}")
     if not 0 <= request.sdp_ratio <= 1:
         raise ValueError(f"sdp_ratio must be between 0 and 1, got {request.sdp_ratio}")
-    if request.noise_scale < 0 or request.noise_scale_w < 0:
-        raise ValueError("noise_scale and noise_scale_w must be 0 or above")
-    if request.max_seconds <= 0:
-        raise ValueError(f"max_seconds must be above 0, got {request.max_seconds}")
 
 
 def speak(system: Vits2, requests: Sequence[SpeakRequest]) -> list[Speech]:
@@ -183,7 +184,7 @@ def stream(system: Vits2, request: SpeakRequest, chunk_frames: int = 64) -> Iter
 
 @torch.inference_mode()
 def resynthesize(system: Vits2, rows: Sequence[Row]) -> list[Speech]:
-    """See :meth:`Vits2.resynthesize`. The posterior's mean is not sampled: noise 0 shows the decoder at its best."""
+    """See :meth:`Vits2.resynthesize`."""
     results, device = [], next(system.parameters()).device
     for row in rows:
         wave = data.load_wave(row, system.config)

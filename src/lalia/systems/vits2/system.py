@@ -81,7 +81,7 @@ class Vits2(System):
     def reject(self, row: Row) -> str:
         if not row.text.strip():
             return "no text"
-        if row.speaker not in self.text_side.speakers:
+        if row.speaker not in self.text_side.speakers and not self.config.model.reference_encoder:
             return f"unknown speaker {row.speaker!r}"
         if self.length(row) < self.config.data.segment_frames:
             return f"too short: {self.length(row):.0f} frames, one segment has {self.config.data.segment_frames}"
