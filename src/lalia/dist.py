@@ -67,7 +67,7 @@ def start(config: DistConfig, device: str = "auto") -> World:
     address, port, size, rank, local_rank = _placement(config)
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in a world of {size} (RANK, WORLD_SIZE; dist.rank, dist.world_size)")
-    chosen = _device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if size == 1:
         _state = _State(World(rank, local_rank, size, chosen), None, config.eval_timeout_seconds)
         return _state.world
@@ -112,7 +112,8 @@ def _placement(config: DistConfig) -> tuple[str, int, int, int, int]:
     return str(values["MASTER_ADDR"]), port, size, rank, local_rank
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` (cuda, then mps, then cpu), ``cpu``, ``mps``, ``cuda`` or ``cuda:N`` as a device that is there; ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -164,7 +164,8 @@ def initial_weights(config: RunConfig, system: System) -> None:
     tensors = checkpoint.load_weights(config.train.init_from)
     given, wanted = ({key.split(".", 1)[0] for key in keys} for keys in (tensors, system.state_dict()))
     if not given & wanted:
-        raise ConfigError(f"train.init_from={config.train.init_from} has none of {', '.join(sorted(wanted))}: not weights of this system")
+        names = ", ".join(sorted(wanted))
+        raise ConfigError(f"train.init_from={config.train.init_from} has none of {names}: these are weights of something else")
     report = checkpoint.partial_load(system, tensors, allow=[f"{name}.*" for name in given ^ wanted])
     if wanted - given:
         log.warning("%s has no %s: these start fresh", config.train.init_from, ", ".join(sorted(wanted - given)))

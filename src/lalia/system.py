@@ -124,6 +124,12 @@ class System(nn.Module):
         """Examples → a batch dataclass deriving from :class:`TensorBatch`, with ``ids``."""
         raise NotImplementedError
 
+    # --- inference --------------------------------------------------------------------------------------------------
+    def for_inference(self) -> None:
+        """Give up what only training needs (critics, parametrised norms) for speed and memory. Results stay, to rounding; the
+        system can be neither trained nor saved afterwards."""
+        self.eval()
+
     # --- learning ---------------------------------------------------------------------------------------------------
     def turns(self, batch: Any, clock: Clock) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """One optimizer step per yield. The default is a single turn named ``main`` from :meth:`losses`."""

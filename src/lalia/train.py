@@ -40,6 +40,7 @@ class Counters:
     best: float | None = None
     best_step: int = -1
     skipped: int = 0
+    interrupted = False  # no annotation: not a field, not saved. True when Ctrl-C or SIGTERM ended this start
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Trainer:
                 if c.position >= self.train_loader.count(c.epoch):
                     self.logs.epoch(c.epoch, c.step, self.train_loader.waste(c.epoch))
                     c.epoch, c.position = c.epoch + 1, 0
-        asked = self._any_rank(interrupt.asked)
+        c.interrupted = asked = self._any_rank(interrupt.asked)
         improved = not asked and self.evaluated_at != c.step and self._evaluate()
         if improved or self.saved_step != c.step:
             self._save(best=improved)
@@ -172,9 +173,7 @@ class Trainer:
         if self.valid_loader is not None:
             averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
             with dist.alone(), averaged:  # what is measured is what model.safetensors will hold
-                self.metrics = run_setup.validate(
-                    self.system, self.valid_loader, self.config, self.weights, self.logs, c.step
-                )
+                self.metrics = run_setup.validate(self.system, self.valid_loader, self.config, self.weights, self.logs, c.step)
             self.logs.scalars(c.step, self.metrics, "eval", epoch=c.epoch)
             value = self.metrics.get(self.system.best_metric, math.nan)
             sign = 1 if self.system.best_is_lower else -1

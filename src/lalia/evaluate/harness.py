@@ -45,7 +45,7 @@ from lalia.system import Aligns, Resynthesizes, SpeakRequest, Speaks, System
 log = logging.getLogger(__name__)
 
 BLOCK = 32  # rows whose sound is in memory at once
-ALIGNMENTS = 8  # clips whose alignment is drawn
+ALIGNMENTS = 3  # clips whose alignment is drawn
 #: A row that raises one of these is named and counted; anything else is a fault of the program and ends it.
 ROW_ERRORS = (ValueError, OSError)
 
@@ -293,10 +293,7 @@ def _describe(wave: np.ndarray) -> _Reference:
 
 def _compare(result: ConditionResult, reference: _Reference, other: _Reference, straight: bool) -> None:
     """Distances to the recording: frame by frame for a resynthesis, along a warping path for speech with its own timing."""
-    if straight:
-        path = metrics.straight_path(reference.mel.shape[1], other.mel.shape[1])
-    else:
-        path = warp(reference.mel.T, other.mel.T)
+    path = metrics.straight_path(reference.mel.shape[1], other.mel.shape[1]) if straight else warp(reference.mel.T, other.mel.T)
     result.mel_distance = metrics.mel_distance(reference.mel, other.mel, path)
     result.cepstral_distortion = metrics.cepstral_distortion(reference.mel, other.mel, path)
     result.pitch_error, result.pitch_correlation = metrics.pitch_agreement(reference.pitch, other.pitch, path)

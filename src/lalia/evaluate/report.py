@@ -74,7 +74,8 @@ def write_report(
 def _head(title: str, last: Evaluation) -> str:
     clips, rows = len(last.clips), last.corpus_rows
     used = f"{clips} of {rows} test clips" if rows > clips else f"{clips} test clips"
-    return f'<h1>{_text(title)}</h1><p class="soft">{used} · recogniser {_text(last.recogniser)} · 95 % bootstrap intervals over clips</p>'
+    line = f"{used} · recogniser {last.recogniser} · 95 % bootstrap intervals over clips"
+    return f'<h1>{_text(title)}</h1><p class="soft">{_text(line)}</p>'
 
 
 def _result(last: Evaluation, minutes: float) -> str:
@@ -85,7 +86,8 @@ def _result(last: Evaluation, minutes: float) -> str:
     paragraphs = "".join(f"<p>{_text(p)}</p>" for p in wording.verdict(last, minutes))
     heading = "What these minutes give" if minutes else "What this gives"
     return (
-        f'<p class="lead">{_text(wording.reading(last))}</p><div class="bars" role="list" aria-label="word error rates">{bars}</div>'
+        f'<p class="lead">{_text(wording.reading(last))}</p>'
+        f'<div class="bars" role="list" aria-label="word error rates">{bars}</div>'
         f"<h2>{heading}</h2>{paragraphs}"
     )
 
@@ -99,9 +101,11 @@ def _bar(condition: str, figure: Figure, widest: float) -> str:
         else ""
     )
     return (
-        f'<div class="name {condition}" title="{_text(wording.WHAT_IT_IS[condition])}">{wording.CONDITION_NAMES[condition]}</div>'
+        f'<div class="bar" role="listitem"><div class="name {condition}" title="{_text(wording.WHAT_IT_IS[condition])}">'
+        f"{wording.CONDITION_NAMES[condition]}</div>"
         f'<div class="track {condition}"><div class="fill" style="width:{figure.value * share:.2f}%"></div>{span}</div>'
-        f'<div class="value"><b>{wording.number(figure.value, figure.unit)}</b> <small class="soft">{wording.interval(figure)}</small></div>'
+        f'<div class="value"><b>{wording.number(figure.value, figure.unit)}</b> '
+        f'<small class="soft">{wording.interval(figure)}</small></div></div>'
     )
 
 
@@ -118,7 +122,8 @@ def _history(given: Sequence[Evaluation]) -> str:
     note = (
         "The same clips each time." if len({tuple(c.id for c in e.clips) for e in given}) == 1 else "The clips differ between rows."
     )
-    return f'<h2>How the figures moved</h2><p class="soft">{note}</p><div class="scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+    table = f'<div class="scroll"><table><tr><th></th>{head}</tr>{rows}</table></div>'
+    return f'<h2>How the figures moved</h2><p class="soft">{note}</p>{table}'
 
 
 def _cell(figure: Figure | None) -> str:
@@ -135,8 +140,9 @@ def _examples(last: Evaluation, folder: Path) -> str:
     chosen = (short or last.clips)[:EXAMPLES]
     cards = "".join(_card(clip, folder) for clip in chosen)
     return (
-        f"<h2>Listen</h2><p class='soft'>The first {len(chosen)} test clips of at most {LONGEST_EXAMPLE:.0f} s in the order of a hash of "
-        "their ids, so not picked by ear. The three mel pictures of a clip share one colour scale (70 dB under the recording's loudest "
+        f"<h2>Listen</h2><p class='soft'>The first {len(chosen)} test clips of at most {LONGEST_EXAMPLE:.0f} s in the order of "
+        "a hash of their ids, so not picked by ear. The three mel pictures of a clip share one colour scale (70 dB under the "
+        "recording's loudest "
         f"part), one time scale and 0–8 kHz.</p>{cards}"
     )
 
@@ -270,15 +276,15 @@ def _terms(items: Iterable[tuple[str, str]]) -> str:
 
 def _method(last: Evaluation) -> str:
     lines = [
-        f"Texts and transcripts are compared as lower-case words without punctuation, numbers spelt out. {last.recogniser} heard all "
-        "conditions under the same settings; its errors on the recordings are part of every rate. Rates are totals over the corpus, "
-        "not means over clips.",
+        f"Texts and transcripts are compared as lower-case words without punctuation, numbers spelt out. {last.recogniser} heard "
+        "all conditions under the same settings; its errors on the recordings are part of every rate. Rates are totals over the "
+        "corpus, not means over clips.",
         "Intervals: percentile bootstrap, 1000 draws of clips. They cover the choice of clips, not another training run, voice or "
         "recogniser.",
-        "Mel distance: mean absolute difference of 80-band log-mels at 16 kHz, 12.5 ms hop, natural log of magnitudes (1 neper = 8.7 "
-        "dB); the resynthesis frame by frame, speech along a dynamic time warping path. Warping hides errors of timing, which the "
-        "length figures show. Pitch: YIN, over frames voiced in both.",
-        "Real-time factors are of one clip at a time on the machine named above, after one call to warm up, without the recogniser.",
+        "Mel distance: mean absolute difference of 80-band log-mels at 16 kHz, 12.5 ms hop, natural log of magnitudes (1 neper = "
+        "8.7 dB); the resynthesis frame by frame, speech along a dynamic time warping path. Warping hides errors of timing, which "
+        "the length figures show. Pitch: YIN, over frames voiced in both.",
+        "Real-time factors are of one clip at a time on the machine named above, after one call to warm up.",
     ]
     failed = [f"{len(last.failures(c))} without {c}" for c in (RESYNTHESIS, SPEECH) if last.failures(c)]
     if failed:

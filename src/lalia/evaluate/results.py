@@ -70,6 +70,8 @@ class ConditionResult:
 
 @dataclass
 class ClipResult:
+    """One row of the corpus in every condition that was measured."""
+
     id: str
     text: str
     speaker: str

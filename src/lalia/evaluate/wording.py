@@ -25,7 +25,7 @@ FIGURE_NAMES = {
 }
 #: What to expect, for a reader who sees these figures for the first time. Figures without a band are absent.
 BANDS = {
-    "wer.recording": "studio prompts: about 4 % with Whisper-base, about 30 % with pocketsphinx",
+    "wer.recording": "studio prompts: about 4 % with Whisper-base, 30–50 % with pocketsphinx",
     "wer.resynthesis": "a trained decoder stays within a few points of the recordings",
     "wer.speech": "near 100 % after minutes on a CPU; within a few points of the recordings for a fully trained voice",
     "mel_distance": "0 is identical; trained VITS decoders log .33–.44 in training (mel loss 15–20 at weight 45)",
@@ -53,6 +53,8 @@ def number(value: float, unit: str = "") -> str:
     """Three figures that matter, with the unit: ``6.24 %``, ``0.034``, ``112 %``."""
     if not math.isfinite(value):
         return "–"
+    if unit == "%":
+        return f"{value:.{0 if value >= 100 else 1}f} %"
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 or value == 0 else 4
     return f"{value:.{digits}f}{' ' + unit if unit not in ('', 'r') else ''}"
 
@@ -60,7 +62,8 @@ def number(value: float, unit: str = "") -> str:
 def interval(figure: Figure) -> str:
     if not math.isfinite(figure.low):
         return "–"
-    return f"{number(figure.low)} – {number(figure.high)}"
+    low, high = number(figure.low, figure.unit), number(figure.high, figure.unit)
+    return f"{low.removesuffix(figure.unit).strip()} – {high.removesuffix(figure.unit).strip()}"
 
 
 def reading(evaluation: Evaluation) -> str:
@@ -78,7 +81,14 @@ def reading(evaluation: Evaluation) -> str:
     if not parts:
         return "No word error rate could be measured."
     joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    if "wer" in over_hundred(evaluation):
+        return f"On every 100 words, {recogniser(evaluation)} makes {joined.replace(' ', ' errors ', 1)}."
     return f"Of 100 words, {recogniser(evaluation)} misreads {joined}."
+
+
+def over_hundred(evaluation: Evaluation) -> set[str]:
+    """Kinds of figures with a rate above 100 %."""
+    return {f.name.partition(".")[0] for f in evaluation.figures if f.unit == "%" and f.value > 100}
 
 
 def recogniser(evaluation: Evaluation) -> str:
@@ -96,23 +106,23 @@ def _speech(evaluation: Evaluation, minutes: float) -> str:
     speech, floor = evaluation.figure(f"wer.{SPEECH}"), evaluation.figure(f"wer.{RECORDING}")
     if not speech or not floor:
         return ""
-    after = f"After {number(minutes)} minutes of training, speech" if minutes else "Speech"
+    after = f"After {minutes:.0f} minutes of training, speech" if minutes else "Speech"
     more = speech.value - floor.value
+    if speech.value >= UNREADABLE:
+        return (
+            f"{after} from text is not intelligible yet: next to none of the words can be read. Listen for timbre and rhythm; the "
+            "words are not there. So little training gives no more: the VITS paper trained for 800,000 steps."
+        )
     if math.isfinite(floor.high) and speech.value <= floor.high:
         return (
             f"{after} from text is as readable to this recogniser as the recordings, within the interval. "
             "That says that the words are there; it does not say that it sounds human. Listen."
         )
-    if speech.value >= UNREADABLE:
-        return (
-            f"{after} from text is not intelligible yet: next to none of the words can be read. What can be heard by now is the "
-            "timbre and the rhythm, not the words. So little training gives no more: the VITS paper trained for 800,000 steps."
-        )
     if more >= BROKEN_UP:
         return f"{after} from text is broken up: single words can be read, sentences mostly cannot."
     if more >= WITH_ERRORS:
         return f"{after} from text can be followed, with errors in many sentences."
-    return f"{after} from text is readable, {number(more)} points behind the recordings. Whether it sounds human is for the ear."
+    return f"{after} from text is readable, {more:.0f} points behind the recordings. Whether it sounds human is for the ear."
 
 
 def _resynthesis(evaluation: Evaluation) -> str:
@@ -120,18 +130,18 @@ def _resynthesis(evaluation: Evaluation) -> str:
     if not resynthesis or not floor:
         return ""
     more = resynthesis.value - floor.value
-    if math.isfinite(floor.high) and resynthesis.value <= floor.high:
+    if math.isfinite(floor.high) and resynthesis.value <= floor.high and resynthesis.value < UNREADABLE:
         return "The decoder no longer costs words: its resynthesis is read like the recordings, within the interval."
-    if more >= BROKEN_UP:
+    if more >= BROKEN_UP or resynthesis.value >= UNREADABLE:
         return "The decoder itself still loses most words, so the text side cannot be judged by these figures yet."
-    return f"The decoder alone costs {number(more)} words in 100. What speech from text loses beyond that is the text side's part."
+    return f"The decoder alone costs about {more:.0f} words in 100. What speech from text loses beyond that is the text side's."
 
 
 def _caution(evaluation: Evaluation) -> str:
     clips = len(evaluation.clips)
     parts = []
-    if any(f.name.startswith("wer") and f.value > 100 for f in evaluation.figures):
-        parts.append("A rate above 100 % means that the recogniser heard more words than there are.")
+    if "wer" in over_hundred(evaluation):
+        parts.append("A rate above 100 % is no mistake: the recogniser also heard words that nobody said.")
     if clips < 30:
         parts.append(f"With {clips} test clips the intervals are wide; differences inside them mean nothing.")
     return " ".join(parts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
+
+from lalia.nn.linear import Linear
 
 
 class LayerNorm(nn.Module):
@@ -19,7 +21,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         channels_last = hidden.transpose(1, 2)
-        return F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps).transpose(1, 2)
+        normed = F.layer_norm(channels_last, self.weight.shape, self.weight, self.bias, self.eps)
+        # without a copy what follows would work element by element on memory in another order than its gradient's
+        return normed.transpose(1, 2).contiguous()
 
 
 def same_padding(kernel: int, dilation: int = 1) -> int:
@@ -87,6 +91,16 @@ def _unchanged(module: nn.Module) -> nn.Module:
     return module
 
 
+def fold_norms(network: nn.Module) -> None:
+    """Fold weight and spectral norms into plain weights, for inference: the output stays, the state dict's names change.
+
+    Calling it twice is harmless. The network should not be trained afterwards.
+    """
+    for module in network.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
 class ConvNeXtBlock(nn.Module):
     """ConvNeXt block in one dimension (Liu et al. 2022, as in Vocos, Siuzdak 2023), with an optional speaker.
 
@@ -101,8 +115,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv1d(width, width, kernel, padding=same_padding(kernel), groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.widen = nn.Linear(width, hidden_width)
-        self.narrow = nn.Linear(hidden_width, width)
+        self.widen = Linear(width, hidden_width)
+        self.narrow = Linear(hidden_width, width)
         self.scale = nn.Parameter(torch.full((width,), layer_scale))
         self.speaker = nn.Linear(speaker_width, 2 * width) if speaker_width else None
         if self.speaker is not None:
@@ -117,9 +131,26 @@ class ConvNeXtBlock(nn.Module):
         if self.speaker is not None and speaker is not None:
             gain, shift = self.speaker(speaker.transpose(1, 2)).chunk(2, dim=-1)
             inner = inner * (1 + gain) + shift
-        inner = self.narrow(F.gelu(self.widen(inner))) * self.scale
-        hidden = hidden + inner.transpose(1, 2)
+        inner = self.narrow(self.widen.gelu(inner)) * self.scale
+        hidden = hidden + inner.transpose(1, 2).contiguous()  # a sum over two memory orders costs more than the copy
         return hidden if mask is None else hidden * mask
+
+
+def depthwise_conv(layer: nn.Conv1d, hidden: Tensor) -> Tensor:
+    """A depthwise convolution of stride 1: [B, D, T] → [B, D, T]. On a CPU as a sum of shifted products.
+
+    For the kernel of 3 of the duration predictors that is 4 to 5 times as fast there, forward and backward, as the
+    library's dilated depthwise convolution.
+    """
+    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return layer(hidden)
+    (kernel,), (dilation,), reach = layer.kernel_size, layer.dilation, int(layer.padding[0])
+    length, padded = hidden.shape[-1], F.pad(hidden, (reach, reach))
+    assert layer.bias is not None
+    total = layer.bias.unsqueeze(-1)
+    for tap in range(kernel):
+        total = torch.addcmul(total, padded[..., tap * dilation : tap * dilation + length], layer.weight[:, :, tap])
+    return total
 
 
 class DDSConv(nn.Module):
@@ -143,7 +174,7 @@ class DDSConv(nn.Module):
         if condition is not None:
             hidden = hidden + condition
         for layer, (depthwise, pointwise) in enumerate(zip(self.depthwise, self.pointwise, strict=True)):
-            inner = F.gelu(self.norms[2 * layer](depthwise(hidden * mask)))
+            inner = F.gelu(self.norms[2 * layer](depthwise_conv(depthwise, hidden * mask)))
             inner = F.gelu(self.norms[2 * layer + 1](pointwise(inner)))
             hidden = hidden + F.dropout(inner, self.dropout, self.training)
         return hidden * mask

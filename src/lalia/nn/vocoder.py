@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from lalia.nn.conv import ConvNeXtBlock
+from lalia.nn.conv import ConvNeXtBlock, fold_norms
+from lalia.nn.linear import Linear
 
 LEAK = 0.1  # slope of the leaky ReLU in HiFi-GAN
 BLOCK_KERNEL = 7  # depthwise kernel of the ConvNeXt blocks
@@ -92,9 +92,7 @@ class HifiGanDecoder(nn.Module):
     def remove_weight_norm(self) -> None:
         """Fold weight normalisation into plain weights, for inference. The output does not change; calling it twice is
         harmless."""
-        for module in self.modules():
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        fold_norms(self)
 
 
 def _check_rates(channels: int, rates: Sequence[int], kernels: Sequence[int]) -> None:
@@ -159,7 +157,7 @@ class IstftDecoder(nn.Module):
             ConvNeXtBlock(channels, inner or 3 * channels, BLOCK_KERNEL, 1 / layers) for _ in range(layers)
         )
         self.last_norm = nn.LayerNorm(channels, eps=1e-6)
-        self.head = nn.Linear(channels, self.n_fft + 2)
+        self.head = Linear(channels, self.n_fft + 2)
         self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
         self.apply(_small_weights)
         self.context_frames = 3 + BLOCK_KERNEL // 2 * layers + self.n_fft // hop // 2

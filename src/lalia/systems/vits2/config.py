@@ -89,6 +89,8 @@ class DiscriminatorConfig(Section):
 
 @dataclass
 class ModelConfig(Section):
+    """The generator: encoders, flow, duration predictors, decoder. The defaults are VITS2 at full size."""
+
     width: int = 192  # channels of the latent and of the text encoder
     filter: int = 768
     heads: int = 2
@@ -159,6 +161,8 @@ class Optimizers(Section):
 
 @dataclass
 class Config(sections.RunConfig):
+    """Everything that a ``vits2`` run is made of, and the checks that concern two sections at once."""
+
     system: str = "vits2"
     audio: AudioConfig = field(default_factory=AudioConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -166,6 +170,10 @@ class Config(sections.RunConfig):
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     weights: Weights = field(default_factory=Weights)
     optimizers: Optimizers = field(default_factory=Optimizers)
+    kl_start: float = 1.0  # the KL's share at step 0; below 1 the posterior first learns to carry the sound (beta-VAE)
+    kl_ramp_steps: int = 0  # steps over which that share rises linearly to 1; 0 keeps kl_start throughout
+    diagonal: float = 0.0  # weight of a penalty for alignments far from even durations, which finds the first ones sooner
+    diagonal_steps: int = 2000  # steps over which that weight falls linearly to 0
     freeze_zh_bert: bool = False
     freeze_ja_bert: bool = False
     freeze_en_bert: bool = False

@@ -61,6 +61,7 @@ class Forward:
 
 
 def build_decoder(model: ModelConfig, audio: AudioConfig) -> nn.Module:
+    """The decoder of ``model.decoder``: latent [B, D, T], speaker [B, G, 1] → wave [B, 1, T · hop]."""
     if model.decoder is DecoderKind.hifigan:
         h = model.hifigan
         return HifiGanDecoder(
@@ -148,26 +149,31 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def align(
-        self, latent: Tensor, prior: Prior, lengths: tuple[Tensor, Tensor], noise_scale: float, noise: RowNoise
+        self, latent: Tensor, prior: Prior, lengths: tuple[Tensor, Tensor], noise_scale: float, noise: RowNoise, diagonal: float
     ) -> Tensor:
-        """Durations int64 [B, L] by monotonic alignment search, with VITS2's noise over the valid cells."""
+        """Durations int64 [B, L] by monotonic alignment search, with VITS2's noise over the valid cells.
+
+        ``diagonal`` weighs a penalty for leaving the diagonal (guided attention, 1710.08969), for the first steps of a run.
+        """
         scores = log_likelihood(latent.float(), prior.mean.float(), prior.log_scale.float())
         if noise_scale > 0:
             drawn = noise.normal_grid(lengths[1], lengths[0])
             frame_mask = sequence_mask(lengths[1], scores.shape[1])
             mask = frame_mask.unsqueeze(2) & sequence_mask(lengths[0], scores.shape[2]).unsqueeze(1)
             scores = mas_noise(scores, mask, noise_scale, drawn)
+        if diagonal > 0:
+            scores = scores - diagonal * off_diagonal(lengths[0], lengths[1], scores.shape)
         return search_alignment(scores, lengths[0], lengths[1])
 
     def forward(
-        self, text: TextInput, spectrogram: Tensor, frame_lengths: Tensor, noise_scale: float, noise: RowNoise
+        self, text: TextInput, spectrogram: Tensor, frame_lengths: Tensor, noise_scale: float, noise: RowNoise, diagonal: float = 0.0
     ) -> Forward:
         """One training pass; ``spectrogram`` [B, F, T], ``noise_scale`` that of the alignment at this step."""
         speaker = self.speaker_vector(text)
         prior = self.encode_text(text, speaker)
         latent, log_scale_posterior, frame_mask = self.encode_audio(spectrogram, frame_lengths, speaker, noise)
         latent_prior = self.flow(latent, frame_mask, speaker)
-        durations = self.align(latent_prior, prior, (text.lengths, frame_lengths), noise_scale, noise)
+        durations = self.align(latent_prior, prior, (text.lengths, frame_lengths), noise_scale, noise, diagonal)
 
         tokens = text.text.shape[1]
         exact = durations.unsqueeze(1).float() * prior.mask  # never in bf16, which has no 257
@@ -234,6 +240,13 @@ class Generator(nn.Module):
         drawn = noise.normal(self.model.width, lengths.tolist(), frames)
         latent = self.flow((mean + drawn * scale * noise_scale) * mask, mask, speaker, reverse=True) * mask
         return latent, lengths, durations, speaker
+
+
+def off_diagonal(text_lengths: Tensor, frame_lengths: Tensor, shape: torch.Size) -> Tensor:
+    """Squared distance of each cell [B, T, L] from the line of even durations, in shares of the clip."""
+    frame = (torch.arange(shape[1], device=text_lengths.device) + 0.5) / frame_lengths[:, None]
+    token = (torch.arange(shape[2], device=text_lengths.device) + 0.5) / text_lengths[:, None]
+    return (frame[:, :, None] - token[:, None, :]).square()
 
 
 def cut_durations(durations: Tensor, max_frames: int) -> Tensor:

@@ -31,6 +31,11 @@ def kl_loss(out: Forward) -> Tensor:
     return ratio((kl * out.frame_mask).sum(), out.frame_mask.sum())
 
 
+def kl_share(step: int, start: float, ramp_steps: int) -> float:
+    """Share of the KL at ``step``: linear from ``start`` to 1 over ``ramp_steps``, or ``start`` throughout when that is 0."""
+    return start + (1.0 - start) * min(1.0, step / ramp_steps) if ramp_steps else start
+
+
 def duration_loss(out: Forward) -> Tensor:
     """NLL of the stochastic predictor and squared errors of both predictions in the log domain, per valid token."""
     target = out.log_duration_target

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lalia import mel, pretrained
 from lalia.data import Row
 from lalia.nn.align import attention_path, mas_noise_scale
+from lalia.nn.conv import fold_norms
 from lalia.nn.discriminators import DurationDiscriminator, MultiDiscriminator
 from lalia.nn.gan_losses import (
     discriminator_loss,
@@ -28,7 +29,7 @@ from lalia.system import Clock, Media, SpeakRequest, Speech, System
 from lalia.systems.vits2 import data, speak
 from lalia.systems.vits2.config import Config
 from lalia.systems.vits2.generator import Forward, Generator
-from lalia.systems.vits2.losses import duration_loss, kl_loss, share, token_count
+from lalia.systems.vits2.losses import duration_loss, kl_loss, kl_share, share, token_count
 from lalia.text import SymbolTable
 
 Losses = dict[str, Tensor]
@@ -50,7 +51,7 @@ class Vits2(System):
             config, len(symbols.symbols), symbols.tone_count, len(symbols.language_ids), max(1, len(tables["speakers"]))
         )
         d = config.discriminator
-        self.discriminator = MultiDiscriminator(
+        self.discriminator: nn.Module = MultiDiscriminator(
             scales=d.scales,
             periods=d.periods,
             resolutions=d.resolutions,
@@ -96,6 +97,13 @@ class Vits2(System):
     def collate(self, examples: Sequence[data.Example]) -> data.Batch:
         return data.collate(examples, self.config.model.bert_width, self.config.model.bert_languages)
 
+    def for_inference(self) -> None:
+        """Norms folded into plain weights; the critics, three quarters of the parameters at full size, are dropped."""
+        fold_norms(self.generator)
+        self.discriminator, self.duration_discriminator, self.wavlm_discriminator = nn.Identity(), None, None
+        self.wavlm_features = None
+        self.eval().requires_grad_(False)
+
     # --- learning ---------------------------------------------------------------------------------------------------
     def optimizers(self) -> dict[str, list[nn.Parameter]]:
         nets = {
@@ -112,7 +120,7 @@ class Vits2(System):
         noise = RowNoise(row_seeds(batch.ids, clock.seed, clock.step), batch.spectrogram.device)
         with self.autocast():
             out = self.generator(
-                batch.text_input(), batch.spectrogram, batch.frame_lengths, self._mas_noise(clock.step), noise
+                batch.text_input(), batch.spectrogram, batch.frame_lengths, self._mas_noise(clock.step), noise, self._diagonal(clock.step)
             )
         real = self._real_slice(batch, out)
         fair = share(len(batch.ids), real.device)
@@ -132,7 +140,7 @@ class Vits2(System):
         losses = {
             "loss_mel": self._mel_loss(real, out.wave) * fair,
             "loss_dur": duration_loss(out),
-            "loss_kl": kl_loss(out),
+            "loss_kl": self._kl(out, clock),
         }
         if adversarial:
             losses |= self._adversarial_losses(real, out, fair)
@@ -141,6 +149,16 @@ class Vits2(System):
         if real_layers is not None and fake_layers is not None:
             losses |= self._wavlm_losses(real_layers, fake_layers, fair)
         yield "g", losses
+
+    def _diagonal(self, step: int) -> float:
+        c = self.config
+        return c.diagonal * max(0.0, 1.0 - step / c.diagonal_steps) if c.diagonal_steps else 0.0
+
+    def _kl(self, out: Forward, clock: Clock) -> Tensor:
+        """The KL at its present share; the whole of it is logged as ``kl_nats``."""
+        whole = kl_loss(out)
+        self._note("kl_nats", [whole])
+        return whole * kl_share(clock.step, self.config.kl_start, self.config.kl_ramp_steps)
 
     def _mas_noise(self, step: int) -> float:
         m = self.config.model
