@@ -311,7 +311,7 @@ def requirements() -> list[list[str]]:
     return [row for row in rows if row[0] not in ("id", "trap")]
 
 
-def tests_of(cell: str) -> list[str]:
+def named_tests(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
@@ -330,8 +330,8 @@ def test_every_requirement_is_in_the_table_once() -> None:
 
 def test_every_test_named_in_the_table_exists_and_nothing_is_done_without_one() -> None:
     there = all_tests()
-    wrong = [f"{row[0]}: no test {name}" for row in requirements() for name in tests_of(row[3]) if name not in there]
-    wrong += [f"{row[0]}: done without a test" for row in requirements() if row[4] == "done" and not tests_of(row[3])]
+    wrong = [f"{row[0]}: no test {name}" for row in requirements() for name in named_tests(row[3]) if name not in there]
+    wrong += [f"{row[0]}: done without a test" for row in requirements() if row[4] == "done" and not named_tests(row[3])]
     assert not wrong, "; ".join(wrong)
 
 

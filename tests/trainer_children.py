@@ -42,6 +42,8 @@ MINI = {
 }
 FOUR = {"discriminator.wavlm": True, "discriminator.wavlm_channels": 4}
 
+torch.set_num_threads(1)  # threads that wait for each other cost more than networks of this size
+
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["trainer_warm"])
 

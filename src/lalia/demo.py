@@ -167,7 +167,7 @@ class Demo:
             return
         with self.stage("training", self.seconds.get("training", 0.0) if before else 0.0):
             went = f", after {before:.1f} before" if before else ""
-            self.say(f"{left:.1f} minutes on {cores()} cores{went}; Ctrl-C saves, and the same command goes on")
+            self.say(f"{left:.1f} minutes, {cores()} threads{went}; Ctrl-C saves, and the same command goes on")
             limits = [f"train.minutes={left:.3f}", f"train.threads={cores()}"]
             config = load_run_config(options.config, [*self._overrides(folder), *limits])
             counters = train(config, options.run, options.config)
@@ -258,7 +258,8 @@ class Demo:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Threads for torch: ``OMP_NUM_THREADS`` where it is set, else every core that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -132,7 +132,7 @@ class ConvNeXtBlock(nn.Module):
             gain, shift = self.speaker(speaker.transpose(1, 2)).chunk(2, dim=-1)
             inner = inner * (1 + gain) + shift
         inner = self.narrow(self.widen.gelu(inner)) * self.scale
-        hidden = hidden + inner.transpose(1, 2).contiguous()  # a sum over two memory orders costs more than the copy
+        hidden = hidden + inner.transpose(1, 2)
         return hidden if mask is None else hidden * mask
 
 

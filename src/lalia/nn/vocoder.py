@@ -170,7 +170,8 @@ class IstftDecoder(nn.Module):
         log_magnitude, phase = self.head(self.last_norm(hidden.transpose(1, 2))).chunk(2, dim=-1)
         with torch.autocast(latent.device.type, enabled=False):
             magnitude = log_magnitude.float().clamp(max=LOG_MAGNITUDE_LIMIT).exp()
-            spectrum = torch.polar(magnitude, phase.float())
+            phase = phase.float()
+            spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())  # torch.polar is not vectorised
             return inverse_stft(spectrum, self.window.float(), self.hop).unsqueeze(1)  # type: ignore[operator,arg-type]
 
 

@@ -115,6 +115,7 @@ class ModelConfig(Section):
     decoder: DecoderKind = DecoderKind.istft
     hifigan: HifiGanConfig = field(default_factory=HifiGanConfig)
     istft: IstftConfig = field(default_factory=IstftConfig)
+    mel_prior: bool = False  # tokens also predict mel frames, and the alignment search uses them: for little data or little time
     noise_scaled_mas: bool = True
     mas_noise: float = 0.01
     mas_noise_delta: float = 2e-6
@@ -144,6 +145,7 @@ class Weights(Section):
     loss_mel: float = 45.0
     loss_dur: float = 1.0
     loss_kl: float = 1.0
+    loss_mel_prior: float = 1.0  # only with model.mel_prior
     loss_lm: float = 1.0  # WavLM features
     loss_lm_gen: float = 1.0
     loss_dur_gen: float = 1.0

@@ -14,7 +14,7 @@ from lalia import audio, mel
 from lalia.data import BadRow, Row
 from lalia.system import TensorBatch
 from lalia.systems.vits2.config import Config
-from lalia.systems.vits2.generator import TextInput
+from lalia.systems.vits2.generator import TextInput, mel_spec
 from lalia.text import Analysis, OnUnknown, SymbolTable, TextError, analyse, blank_word2ph, intersperse
 
 
@@ -58,11 +58,6 @@ class Batch(TensorBatch):
             reference=self.spectrogram,
             reference_lengths=self.frame_lengths,
         )
-
-
-def mel_spec(config: Config) -> mel.MelSpec:
-    a = config.audio
-    return mel.MelSpec(a.sample_rate, a.n_fft, a.hop, a.win, a.mels, a.fmin, a.fmax)
 
 
 class TextSide:
@@ -128,7 +123,7 @@ def prepare(row: Row, config: Config, text_side: TextSide) -> Example:
         raise BadRow(f"text too long: {len(analysis.phones)} phones, limit data.max_phones={config.data.max_phones}")
     text, tones, languages, word2ph = text_side.ids(analysis)
     wave = load_wave(row, config)
-    spectrogram = mel.spectrogram(wave, mel_spec(config))
+    spectrogram = mel.spectrogram(wave, mel_spec(config.audio))
     if spectrogram.shape[1] < len(text):
         raise BadRow(
             f"more symbols ({len(text)}, blanks included) than frames ({spectrogram.shape[1]}): text and audio do not match"

@@ -17,21 +17,23 @@ from lalia.systems.vits2.config import ModelConfig
 
 @dataclass
 class Prior:
-    """``hidden, mean, log_scale`` [B, D, L]; ``mask`` [B, 1, L]."""
+    """``hidden, mean, log_scale`` [B, D, L]; ``mask`` [B, 1, L]; ``mel`` [B, M, L], the mel frame each token predicts, or None."""
 
     hidden: Tensor
     mean: Tensor
     log_scale: Tensor
     mask: Tensor
+    mel: Tensor | None = None
 
 
 class TextEncoder(nn.Module):
     """Phones, tones and languages (and BERT features) → Gaussian prior per token.
 
-    VITS2 section 2.4: the speaker vector enters at layer ``speaker_layer``. Embeddings are scaled by √width.
+    VITS2 section 2.4: the speaker vector enters at layer ``speaker_layer``. Embeddings are scaled by √width. With ``mels``
+    above 0 each token also predicts its mel frame (the encoder of Grad-TTS, 2105.06337), which finds alignments sooner.
     """
 
-    def __init__(self, config: ModelConfig, symbols: int, tones: int, languages: int) -> None:
+    def __init__(self, config: ModelConfig, symbols: int, tones: int, languages: int, mels: int = 0) -> None:
         super().__init__()
         width = config.width
         self.width = width
@@ -53,6 +55,9 @@ class TextEncoder(nn.Module):
             speaker_layer=config.speaker_layer,
         )
         self.projection = nn.Conv1d(width, 2 * width, 1)
+        self.mel = nn.Conv1d(width, mels, 1) if mels else None
+        if self.mel is not None and self.mel.bias is not None:
+            nn.init.constant_(self.mel.bias, -4.0)  # about the mean of a log-mel, which is slow to learn
 
     def forward(
         self,
@@ -70,7 +75,7 @@ class TextEncoder(nn.Module):
             hidden = hidden + projection(bert[name])
         hidden = self.encoder(hidden * math.sqrt(self.width) * mask, mask, speaker)
         mean, log_scale = (self.projection(hidden) * mask).chunk(2, dim=1)
-        return Prior(hidden, mean, log_scale, mask)
+        return Prior(hidden, mean, log_scale, mask, self.mel(hidden) * mask if self.mel is not None else None)
 
 
 class PosteriorEncoder(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lalia.mel import MelSpec, mel_from_spectrogram
 from lalia.nn.align import expand, log_likelihood, mas_noise, search_alignment
 from lalia.nn.couplings import Flow
 from lalia.nn.masks import channel_mask, segment_starts, sequence_mask, slice_segments
@@ -58,6 +59,13 @@ class Forward:
     log_duration_target: Tensor  # [B, 1, L], from the alignment
     hidden: Tensor  # [B, D, L]
     speaker: Tensor  # [B, G, 1]
+    mel: Tensor | None = None  # log-mel of the recording [B, M, T], with model.mel_prior
+    mel_prior: Tensor | None = None  # what the tokens predict of it [B, M, T]
+
+
+def mel_spec(audio: AudioConfig) -> MelSpec:
+    """The spectrogram settings of a configuration."""
+    return MelSpec(audio.sample_rate, audio.n_fft, audio.hop, audio.win, audio.mels, audio.fmin, audio.fmax)
 
 
 def build_decoder(model: ModelConfig, audio: AudioConfig) -> nn.Module:
@@ -100,7 +108,8 @@ class Generator(nn.Module):
         else:
             self.reference = None
             self.speaker_table = nn.Embedding(speakers, model.speaker_width)
-        self.text_encoder = TextEncoder(model, symbols, tones, languages)
+        self.text_encoder = TextEncoder(model, symbols, tones, languages, config.audio.mels if model.mel_prior else 0)
+        self.mel_spec = mel_spec(config.audio)
         self.posterior_encoder = PosteriorEncoder(model, bins)
         self.flow = Flow(
             width=model.width,
@@ -137,9 +146,7 @@ class Generator(nn.Module):
         mask = channel_mask(text.lengths, text.text.shape[1])
         return self.text_encoder(text.text, text.tones, text.languages, mask, text.bert, speaker)
 
-    def encode_audio(
-        self, spectrogram: Tensor, lengths: Tensor, speaker: Tensor, noise: RowNoise
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_audio(self, spectrogram: Tensor, lengths: Tensor, speaker: Tensor, noise: RowNoise) -> tuple[Tensor, Tensor, Tensor]:
         """Spectrogram [B, F, T] → latent sample, log-scale [B, D, T], mask [B, 1, T]."""
         frames = spectrogram.shape[2]
         mask = channel_mask(lengths, frames)
@@ -149,13 +156,23 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def align(
-        self, latent: Tensor, prior: Prior, lengths: tuple[Tensor, Tensor], noise_scale: float, noise: RowNoise, diagonal: float
+        self,
+        latent: Tensor,
+        prior: Prior,
+        lengths: tuple[Tensor, Tensor],
+        noise_scale: float,
+        noise: RowNoise,
+        diagonal: float = 0.0,
+        mel: Tensor | None = None,
     ) -> Tensor:
         """Durations int64 [B, L] by monotonic alignment search, with VITS2's noise over the valid cells.
 
+        ``mel`` [B, M, T] adds the likelihood of the recording's frames under what the tokens predict of them, at unit variance.
         ``diagonal`` weighs a penalty for leaving the diagonal (guided attention, 1710.08969), for the first steps of a run.
         """
         scores = log_likelihood(latent.float(), prior.mean.float(), prior.log_scale.float())
+        if mel is not None and prior.mel is not None:
+            scores = scores + log_likelihood(mel, prior.mel.float(), torch.zeros_like(prior.mel, dtype=torch.float32))
         if noise_scale > 0:
             drawn = noise.normal_grid(lengths[1], lengths[0])
             frame_mask = sequence_mask(lengths[1], scores.shape[1])
@@ -166,14 +183,21 @@ class Generator(nn.Module):
         return search_alignment(scores, lengths[0], lengths[1])
 
     def forward(
-        self, text: TextInput, spectrogram: Tensor, frame_lengths: Tensor, noise_scale: float, noise: RowNoise, diagonal: float = 0.0
+        self,
+        text: TextInput,
+        spectrogram: Tensor,
+        frame_lengths: Tensor,
+        noise_scale: float,
+        noise: RowNoise,
+        diagonal: float = 0.0,
     ) -> Forward:
         """One training pass; ``spectrogram`` [B, F, T], ``noise_scale`` that of the alignment at this step."""
         speaker = self.speaker_vector(text)
         prior = self.encode_text(text, speaker)
         latent, log_scale_posterior, frame_mask = self.encode_audio(spectrogram, frame_lengths, speaker, noise)
         latent_prior = self.flow(latent, frame_mask, speaker)
-        durations = self.align(latent_prior, prior, (text.lengths, frame_lengths), noise_scale, noise, diagonal)
+        mel = mel_from_spectrogram(spectrogram, self.mel_spec) if prior.mel is not None else None
+        durations = self.align(latent_prior, prior, (text.lengths, frame_lengths), noise_scale, noise, diagonal, mel)
 
         tokens = text.text.shape[1]
         exact = durations.unsqueeze(1).float() * prior.mask  # never in bf16, which has no 257
@@ -202,6 +226,8 @@ class Generator(nn.Module):
             log_duration_target=torch.log(exact + 1e-6) * prior.mask,
             hidden=prior.hidden,
             speaker=speaker,
+            mel=mel,
+            mel_prior=expand(prior.mel, durations, frames) if prior.mel is not None else None,
         )
 
     @torch.inference_mode()

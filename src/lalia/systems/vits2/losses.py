@@ -31,6 +31,13 @@ def kl_loss(out: Forward) -> Tensor:
     return ratio((kl * out.frame_mask).sum(), out.frame_mask.sum())
 
 
+def mel_prior_loss(out: Forward) -> Tensor:
+    """Grad-TTS's encoder loss: half the squared error of the mel frames that the tokens predict, per frame and mel bin."""
+    assert out.mel is not None and out.mel_prior is not None
+    error = 0.5 * (out.mel.float() - out.mel_prior.float()).square() * out.frame_mask
+    return ratio(error.sum() / error.shape[1], out.frame_mask.sum())
+
+
 def kl_share(step: int, start: float, ramp_steps: int) -> float:
     """Share of the KL at ``step``: linear from ``start`` to 1 over ``ramp_steps``, or ``start`` throughout when that is 0."""
     return start + (1.0 - start) * min(1.0, step / ramp_steps) if ramp_steps else start

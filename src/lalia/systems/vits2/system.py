@@ -24,12 +24,13 @@ from lalia.nn.gan_losses import (
 )
 from lalia.nn.masks import slice_segments
 from lalia.nn.noise import RowNoise, row_seeds
+from lalia.nn.packed import pack_convolutions
 from lalia.nn.slm import WavLMDiscriminator, WavLMFeatures, slm_feature_loss
 from lalia.system import Clock, Media, SpeakRequest, Speech, System
 from lalia.systems.vits2 import data, speak
 from lalia.systems.vits2.config import Config
-from lalia.systems.vits2.generator import Forward, Generator
-from lalia.systems.vits2.losses import duration_loss, kl_loss, kl_share, share, token_count
+from lalia.systems.vits2.generator import Forward, Generator, mel_spec
+from lalia.systems.vits2.losses import duration_loss, kl_loss, kl_share, mel_prior_loss, share, token_count
 from lalia.text import SymbolTable
 
 Losses = dict[str, Tensor]
@@ -45,7 +46,7 @@ class Vits2(System):
     def __init__(self, config: Config, tables: Mapping[str, Any]) -> None:
         super().__init__(config, tables)
         self.text_side = data.TextSide(config, tables)
-        self.mel_spec = data.mel_spec(config)
+        self.mel_spec = mel_spec(config.audio)
         symbols = self.text_side.symbols
         self.generator = Generator(
             config, len(symbols.symbols), symbols.tone_count, len(symbols.language_ids), max(1, len(tables["speakers"]))
@@ -98,8 +99,10 @@ class Vits2(System):
         return data.collate(examples, self.config.model.bert_width, self.config.model.bert_languages)
 
     def for_inference(self) -> None:
-        """Norms folded into plain weights; the critics, three quarters of the parameters at full size, are dropped."""
+        """Norms folded into plain weights, convolutions packed for the CPU, critics (half of all parameters) dropped."""
         fold_norms(self.generator)
+        for network in ("text_encoder", "flow", "stochastic_duration", "duration", "decoder"):
+            pack_convolutions(getattr(self.generator, network))
         self.discriminator, self.duration_discriminator, self.wavlm_discriminator = nn.Identity(), None, None
         self.wavlm_features = None
         self.eval().requires_grad_(False)
@@ -119,9 +122,8 @@ class Vits2(System):
         self.figures = {}
         noise = RowNoise(row_seeds(batch.ids, clock.seed, clock.step), batch.spectrogram.device)
         with self.autocast():
-            out = self.generator(
-                batch.text_input(), batch.spectrogram, batch.frame_lengths, self._mas_noise(clock.step), noise, self._diagonal(clock.step)
-            )
+            search = self._mas_noise(clock.step), noise, self._diagonal(clock.step)
+            out = self.generator(batch.text_input(), batch.spectrogram, batch.frame_lengths, *search)
         real = self._real_slice(batch, out)
         fair = share(len(batch.ids), real.device)
         adversarial = clock.step >= self.config.discriminator.start_step
@@ -142,6 +144,8 @@ class Vits2(System):
             "loss_dur": duration_loss(out),
             "loss_kl": self._kl(out, clock),
         }
+        if out.mel_prior is not None:
+            losses["loss_mel_prior"] = mel_prior_loss(out)
         if adversarial:
             losses |= self._adversarial_losses(real, out, fair)
         if self.duration_discriminator is not None:
