@@ -27,9 +27,10 @@ import lalia
 from lalia import checkpoint, config
 from lalia.audio import write as write_wave
 from lalia.data import Row, write_manifest
-from lalia.train import train
+from lalia.train import Trainer, train
 
 RATE = 8000
+BEGUN = "the loop begins"  # said by each start when all that comes before the first step is done
 TEXTS = ["Alpha bravo.", "Charlie delta echo.", "Foxtrot.", "Golf hotel.", "India juliet.", "Kilo lima.", "Mike.", "Oscar papa."]
 SETTINGS = """system=vits2
 audio.sample_rate=8000 audio.n_fft=256 audio.hop=128 audio.win=256 audio.mels=20
@@ -64,12 +65,25 @@ def start(run: Path, manifest: Path, steps: int, save_every: int) -> subprocess.
         return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
 
 
+def wait_for_loop(run: Path, process: subprocess.Popen[bytes], before: int) -> None:
+    while process.poll() is None and begun(run) == before:
+        time.sleep(0.01)
+
+
+def begun(run: Path) -> int:
+    """How many starts have come to their first step."""
+    log = Path(f"{run}.log")
+    return log.read_text(errors="replace").count(BEGUN) if log.is_file() else 0
+
+
 def finish(run: Path, *arguments: Any) -> float:
-    """Run to the end without a break; seconds it took."""
-    begin = time.monotonic()
+    """Run to the end without a break; seconds from the first step."""
+    before = begun(run)
     process = start(run, *arguments)
+    wait_for_loop(run, process, before)
+    begin = time.monotonic()
     if process.wait() != 0:
-        raise RuntimeError(f"the training in {run} failed; see {run}.log")
+        raise RuntimeError(f"the training in {run} failed; its last words: {Path(f'{run}.log').read_text()[-2000:]}")
     return time.monotonic() - begin
 
 
@@ -78,13 +92,12 @@ def newest(run: Path) -> int:
 
 
 def under_fire(run: Path, kills: int, span: float, draw: random.Random, *arguments: Any) -> list[tuple[float, int]]:
-    """Kill ``kills`` starts, each after up to ``span`` seconds from its first sign of life; (seconds, newest set) of each."""
+    """Kill ``kills`` starts, each up to ``span`` seconds after it began its first step; (seconds, newest set) of each."""
     history = []
     for _ in range(kills):
+        before = begun(run)
         process = start(run, *arguments)
-        mark = Path(f"{run}.log").stat().st_size
-        while process.poll() is None and Path(f"{run}.log").stat().st_size <= mark:
-            time.sleep(0.02)
+        wait_for_loop(run, process, before)
         delay = draw.uniform(0, span)
         time.sleep(delay)
         process.kill()
@@ -122,7 +135,7 @@ def run(kills: int = 3, steps: int = 60, save_every: int = 4, seed: int = 0) -> 
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         seconds = finish(whole, *plan)
         print(f"without a break: {steps} steps in {seconds:.1f} s", flush=True)
-        history = under_fire(broken, kills, 0.6 * seconds, draw, *plan)
+        history = under_fire(broken, kills, 2 * seconds / max(2, kills), draw, *plan)
         finish(broken, *plan)
         a, b = fingerprint(whole), fingerprint(broken)
     different = sorted(name for name in {**a, **b} if a.get(name) != b.get(name))
@@ -153,7 +166,8 @@ def main() -> int:
         return 0 if result["kill9"]["ratio"] == 1.0 else 1
     items = [*SETTINGS.split(), f"data.train=[{given.manifest}]", f"data.valid=[{given.manifest}]"]
     items += [f"train.steps={given.steps}", f"train.save_every={given.save_every}"]
-    print("started", flush=True)
+    fit = Trainer.fit
+    Trainer.fit = lambda self: (print(BEGUN, flush=True), fit(self))[1]  # type: ignore[method-assign]
     train(config.load_run_config(None, items), given.train)
     return 0
 

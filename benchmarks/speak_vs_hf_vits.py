@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _parts import Stopwatch, shares
 from _timing import interleave, tune_allocator
@@ -29,7 +28,7 @@ from lalia.systems.vits2.speak import decode, predict, sentences
 from lalia.systems.vits2.system import Vits2
 from lalia.text import SymbolTable
 
-BASE = FOLDER.parent / "configs" / "vits2" / "base.yaml"
+BASE = Path(__file__).resolve().parents[1] / "configs" / "vits2" / "base.yaml"
 RATE, HOP, SECONDS = 16000, 256, 6.4
 TEXT = "The ferry leaves the northern harbour at seven, and whoever misses it waits two hours for the next one."
 AUDIO = [f"audio.{key}" for key in (f"sample_rate={RATE}", f"hop={HOP}", "n_fft=1024", "win=1024", "mels=80")]
@@ -160,10 +159,11 @@ def _measure(repeats: int, tuned: bool) -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16):
         both = interleave(speak, call, few)
     note = (
-        f"{samples / RATE:.2f} s of 16 kHz audio from {tokens} tokens, 1 thread, float32, allocator {'tuned' if tuned else 'as it is'}, "
-        f"length scales set so that both give {samples} samples; ours from text, theirs from ids; real-time factor "
-        f"{seconds / samples * RATE:.3f} against {their_seconds / samples * RATE:.3f}. Networks alone {alone:.1f} x, with the transformer "
-        f"flow {other:.1f} x, both under bf16 autocast {both[0]:.1f} x (ours {both[3]:.3f} s). Ours: {breakdown(system, speak)}"
+        f"CPU seconds for {samples / RATE:.2f} s of 16 kHz audio from {tokens} tokens, 1 thread, float32, allocator "
+        f"{'tuned' if tuned else 'as it is'}; durations scaled so that both give {samples} samples; ours from text, theirs from "
+        f"ids; real-time factor {seconds / samples * RATE:.3f} against {their_seconds / samples * RATE:.3f}. Networks alone "
+        f"{alone:.1f} x; with the transformer flow {other:.1f} x; both under bf16 autocast {both[0]:.1f} x (ours {both[3]:.3f} s). "
+        f"Ours: {breakdown(system, speak)}"
     )
     return {
         "ratio": ratio,

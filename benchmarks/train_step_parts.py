@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _timing import seconds, tune_allocator
 
@@ -32,7 +31,7 @@ from lalia.systems.vits2.data import Batch
 from lalia.systems.vits2.system import Vits2
 from lalia.text import SymbolTable
 
-CONFIGS = FOLDER.parent / "configs" / "vits2"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "vits2"
 BATCH, TOKENS, FRAMES, SEGMENT = 4, 100, 500, 32
 NO_WAVLM = "discriminator.wavlm=false"
 LEAN = "discriminator.channels=0.5"
@@ -244,8 +243,9 @@ def _result(
     first = next(iter(critics.values()))
     lean = ", ".join(f"{name} {1000 * t:.0f} ms ({first / t:.1f} x)" for name, t in critics.items())
     note = (
-        f"seconds a step, batch {BATCH}, {TOKENS} tokens, {FRAMES} frames, 44.1 kHz, no WavLM, 1 thread, allocator "
-        f"{'tuned' if tuned else 'as it is'}; the seed's settings run in Lalia's own step, which skips gradients that nobody needs. "
+        f"CPU seconds a step, batch {BATCH}, {TOKENS} tokens, {FRAMES} frames, 44.1 kHz, no WavLM, 1 thread, allocator "
+        f"{'tuned' if tuned else 'as it is'}; the seed's settings run in Lalia's own step, which leaves out gradients that nobody "
+        f"needs. "
         f"Parts in float32: {shares} (sum {total:.2f} s). Whole step: {levers}. Critics, both turns: {lean}"
     )
     return {

@@ -62,12 +62,13 @@ def turn_names(system: Vits2, turn: str) -> list[str]:
 
 def compare(folder: Path) -> None:
     world = dist.start(DistConfig(timeout_seconds=60), "cpu")
-    config = mini_config(folder, **FOUR, **{"model.dropout": 0, "model.duration_dropout": 0})
+    config = mini_config(folder, **FOUR, **{"model.dropout": 0, "model.duration_dropout": 0, "model.mel_prior": True})
     shared = gradients(config, ROWS[world.rank])
     with dist.alone():
         whole = gradients(config, [row for rows in ROWS.values() for row in rows])
     worst = max((float((shared[k] - whole[k]).abs().max()), k) for k in whole)
-    scale = {turn: max(float(v.abs().max()) for k, v in whole.items() if k.startswith(turn + "/")) for turn in ("d", "dur", "wd", "g")}
+    largest = {k: float(v.abs().max()) for k, v in whole.items()}
+    scale = {turn: max(v for k, v in largest.items() if k.startswith(turn + "/")) for turn in ("d", "dur", "wd", "g")}
     result = {"same": shared.keys() == whole.keys(), "worst": worst, "scale": scale, "count": len(whole)}
     (folder / f"{world.rank}.json").write_text(json.dumps(result))
     dist.barrier_wait("end")

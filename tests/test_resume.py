@@ -139,7 +139,8 @@ def test_skip_optimizer_keeps_the_rate_where_the_schedule_is(
         return found
 
     monkeypatch.setattr(optim, "set_learning_rates", spy)
-    wanted = {"train.steps": 6, "train.save_every": 0, "train.skip_optimizer": True, "optimizers.g.decay": 0.5, "optimizers.g.lr": 0.001}
+    schedule = {"optimizers.g.decay": 0.5, "optimizers.g.lr": 0.001}
+    wanted = {"train.steps": 6, "train.save_every": 0, "train.skip_optimizer": True, **schedule}
     trainer.train(finished(trained, **wanted), run)
     assert rates == [(0, 0.001), (0, 0.001), (1, 0.0005), (1, 0.0005)]
     state = checkpoint.open_set(run / "step-00000006").state()["optimizers"]["g"]

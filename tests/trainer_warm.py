@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 import trainer_children  # noqa: F401
 
 from lalia.nn import align

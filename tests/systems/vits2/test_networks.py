@@ -23,7 +23,7 @@ from lalia.systems.vits2.config import Config, DecoderKind, DiscriminatorConfig,
 from lalia.systems.vits2.duration import StochasticDurationPredictor, gaussian_nll
 from lalia.systems.vits2.encoders import ReferenceEncoder
 from lalia.systems.vits2.generator import Forward, Generator, cut_durations
-from lalia.systems.vits2.losses import duration_loss, kl_loss
+from lalia.systems.vits2.losses import duration_loss, kl_loss, mel_prior_loss
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_cut_durations() -> None:
 
 # --- losses ---------------------------------------------------------------------------------------------------------
 def test_kl_and_duration_losses_oracle(corpus: Path) -> None:
-    system, rows = build(corpus)
+    system, rows = build(corpus, **{"model.mel_prior": True})
     stir(system)
     batch = batch_of(system, rows, [0, 4, 2])
     out = forward(system, batch)
@@ -195,6 +195,10 @@ def test_kl_and_duration_losses_oracle(corpus: Path) -> None:
         z, m, p, q = (a[n][row, :, :frames] for n in ("latent_prior", "mean_prior", "log_scale_prior", "log_scale_posterior"))
         total += np.sum(p - q - 0.5 + 0.5 * (z - m) ** 2 * np.exp(-2 * p))
     assert float(kl_loss(out).detach()) == pytest.approx(total / int(batch.frame_lengths.sum()), rel=1e-4)
+
+    errors = (out.mel - out.mel_prior).detach().double().numpy()  # type: ignore[operator]
+    whole = np.concatenate([errors[row, :, :frames].ravel() for row, frames in enumerate(batch.frame_lengths.tolist())])
+    assert float(mel_prior_loss(out).detach()) == pytest.approx(0.5 * np.mean(whole**2), rel=1e-4)
 
     total = a["duration_nll"].sum()
     for row, tokens in enumerate(batch.text_lengths.tolist()):
@@ -271,6 +275,7 @@ MODES: dict[str, dict[str, Any]] = {
     "transformer flow of one layer": {"model.flow": "transformer", "model.flow_layers": 1},
     "shared flow": {"model.flow": "transformer", "model.flow_layers": 3, "model.flow_share_parameters": True},
     "spectral norm": {"discriminator.spectral_norm": True, "discriminator.scales": 1},
+    "mel prior": {"model.mel_prior": True},
     "spectrogram critics": {"discriminator.periods": "[]", "discriminator.resolutions": "[[64, 16, 64]]"},
 }
 

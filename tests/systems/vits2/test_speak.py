@@ -215,6 +215,19 @@ def test_saved_model_speaks_the_same(corpus: Path, tmp_path: Path) -> None:
     assert np.array_equal(checkpoint.load(tmp_path / "moved" / "elsewhere").speak([request])[0].wave, once)  # type: ignore[operator]
 
 
+def test_ready_for_inference_speaks_the_same(corpus: Path) -> None:
+    """Norms folded, convolutions packed, critics gone: the same speech to rounding, offline and as a stream."""
+    for options in DECODERS.values():
+        system, rows = build(corpus, **options)
+        stir(system.eval(), 0.03)
+        request = SpeakRequest("Alpha bravo. Charlie!", "s1", sdp_ratio=0.5)
+        before, again = system.speak([request])[0].wave, system.resynthesize([rows[0]])[0].wave
+        system.for_inference()
+        assert same(system.speak([request])[0].wave, before)
+        assert same(np.concatenate(list(system.speak_stream(request, 9))), before)
+        assert same(system.resynthesize([rows[0]])[0].wave, again)
+
+
 # --- pictures and sounds for the logs -------------------------------------------------------------------------------
 def test_media(system: Vits2, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """V-53, V-57, R29: every tag, both duration predictors apart, nothing disturbed."""

@@ -27,8 +27,8 @@ from lalia.nn.noise import RowNoise, row_seeds
 from lalia.nn.packed import pack_convolutions
 from lalia.nn.slm import WavLMDiscriminator, WavLMFeatures, slm_feature_loss
 from lalia.system import Clock, Media, SpeakRequest, Speech, System
+from lalia.systems.vits2 import config as settings
 from lalia.systems.vits2 import data, speak
-from lalia.systems.vits2.config import Config
 from lalia.systems.vits2.generator import Forward, Generator, mel_spec
 from lalia.systems.vits2.losses import duration_loss, kl_loss, kl_share, mel_prior_loss, share, token_count
 from lalia.text import SymbolTable
@@ -39,11 +39,11 @@ Losses = dict[str, Tensor]
 class Vits2(System):
     """See :mod:`lalia.systems.vits2`. ``tables``: ``symbols`` (SymbolTable), ``speakers`` (name → id)."""
 
-    Config = Config
+    Config = settings.Config
     best_metric = "loss/g/mel"
-    config: Config
+    config: settings.Config
 
-    def __init__(self, config: Config, tables: Mapping[str, Any]) -> None:
+    def __init__(self, config: settings.Config, tables: Mapping[str, Any]) -> None:
         super().__init__(config, tables)
         self.text_side = data.TextSide(config, tables)
         self.mel_spec = mel_spec(config.audio)
