@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from lalia import audio, loader
 from lalia.data import BadRow, Corpus, ManifestError, Row, pad_stack
-from lalia.loader import Loader, effective_workers, usable, write_dataset_report
+from lalia.loader import Loader, _Task, effective_workers, usable, write_dataset_report
 from lalia.sections import BatchPlan, DataConfig, RunConfig
 from lalia.system import Clock, System, TensorBatch
 
@@ -98,6 +102,32 @@ def test_workers_and_main_process_give_the_same_batches(tmp_path: Path) -> None:
     assert sorted(seen(runs[0][0])) == sorted(r.id for r in corpus)
     assert runs[1][0][0].threads == 1
     assert all(seen(runs[0][0])[i] != seen(runs[0][1])[i] for i in seen(runs[0][0])), "another epoch, other numbers"
+
+
+def test_a_spawned_process_gets_the_data_side_alone(tmp_path: Path) -> None:
+    """Windows and macOS pickle the data set for each loader process; networks with weight norm refuse that."""
+    corpus, system = make_corpus(tmp_path, 4), make_system()
+    system.network = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
+    made = Loader(system, corpus, DataConfig(batch_size=2, workers=0), seed=3)
+    there = ForkingPickler.loads(ForkingPickler.dumps(made._dataset))
+    assert not list(there.system.parameters()) and len(list(system.parameters())) == 3
+    task = _Task((0, 1), Clock(3))
+    assert torch.equal(there[task].batch.noise, made._dataset[task].batch.noise)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_sigterm_to_all_processes_is_left_to_the_trainer(tmp_path: Path) -> None:
+    made = Loader(make_system(), make_corpus(tmp_path, 12), DataConfig(batch_size=2, workers=1, prefetch=1), seed=3)
+    batches = made.batches(0)
+    got = [next(batches)]
+    (worker,) = made._loader._iterator._workers  # type: ignore[union-attr]
+    os.kill(worker.pid, signal.SIGTERM)
+    got += list(batches)
+    assert len(seen(got)) == 12 and worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)  # the second one ends it
+    worker.join(10)
+    assert not worker.is_alive()
+    made.close()
 
 
 def test_randomness_depends_on_the_row_not_on_its_batch_or_step(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_the_limit_of_phones_counts_phones_not_characters(tmp_path: Path) -> Non
     system = system_class(config.system)(config, tables)
     assert len(system.prepare(row, Clock()).text) == 2 * count + 1
     config["data"].max_phones = count - 1
-    with pytest.raises(BadRow, match=f"text too long: {count} phones, limit data.max_phones={count - 1}"):
+    with pytest.raises(BadRow, match=f"text too long: {count} phones, data.max_phones is {count - 1}"):
         system.prepare(row, Clock())
 
 
@@ -125,3 +125,28 @@ def test_languages_without_features_are_zeros_in_training_and_speech(tmp_path: P
     assert isinstance(system, Speaks)
     first, second = (system.speak([SpeakRequest("Alpha.", max_seconds=1)])[0].wave for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_a_clip_shorter_than_a_segment_is_rejected_with_its_reason(tmp_path: Path) -> None:
+    """Trap R15: by its stated length before training, by its samples when the two disagree."""
+    config = tiny_vits2_config(tmp_path)
+    rows = read_rows(config["data"].train, "data.train", 0.1)
+    cls = system_class(config.system)
+    system, row = cls(config, cls.make_tables(config, rows)), rows[0]
+    assert system.reject(row) == ""
+    row.duration = 0.2
+    assert system.reject(row) == "too short: 12 frames, one segment has 16"
+    with pytest.raises(BadRow, match="too short: 12 frames, one segment has 16"):
+        system.prepare(row, Clock())
+
+
+def test_a_forward_pass_that_overflows_reaches_the_guard_as_losses(tmp_path: Path) -> None:
+    """The alignment search refuses NaN, but an error there would be one rank's alone, without a dump and without a skip."""
+    config = tiny_vits2_config(tmp_path)
+    rows = read_rows(config["data"].train, "data.train", 0.1)
+    cls = system_class(config.system)
+    system = cls(config, cls.make_tables(config, rows))
+    batch = system.collate([system.prepare(rows[i], Clock()) for i in range(2)])
+    batch.spectrogram[1, 0, 3] = torch.inf
+    turns = {name: losses for name, losses in system.turns(batch, Clock())}
+    assert not torch.isfinite(turns["g"]["loss_kl"])

@@ -106,3 +106,11 @@ def test_a_changed_configuration_keeps_the_one_before(tmp_path: Path, caplog: py
     assert (run.path / "config.previous.yaml").read_text() == "lr: 1\nseed: 1\n"
     assert (run.path / "config.source.yaml").read_text() == source.read_text() == "lr: 2\n"
     assert "lr: 2" in caplog.text and "seed" not in caplog.text
+
+
+def test_on_windows_pointers_are_text_and_can_be_swung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to a folder could be made there once, and replacing it would then fail at the second save."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    for name in ("step-00000001", "step-00000002"):
+        runfolder.point(tmp_path, "latest", name)
+        assert runfolder.pointed(tmp_path, "latest") == name and not (tmp_path / "latest").is_symlink()

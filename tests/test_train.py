@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from factories import make_corpus
 from torch import Tensor
@@ -152,12 +154,25 @@ def test_zero_usable_rows(corpus: Path, tmp_path: Path) -> None:
         trainer.train(mini_config(corpus, **{"data.train": "[]"}), tmp_path / "run")
 
 
-def test_row_that_fails_while_training_is_written_down(corpus: Path, tmp_path: Path) -> None:
+def test_text_that_cannot_be_spoken_is_in_the_report_before_the_first_step(corpus: Path, tmp_path: Path) -> None:
     path = manifest(corpus, tmp_path, lambda lines: [lines[0].replace("Alpha", "Ωmega ☃"), *lines[1:]])
+    trainer.train(mini_config(corpus, **{"train.steps": 1, "data.train": f"[{path}]"}), tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "dataset_report.json").read_text())
+    assert [row["row"] for row in report["rejected"]] == ["clip000-0"] and "Ω" in report["rejected"][0]["reason"]
+
+
+def test_row_that_fails_while_training_is_written_down(corpus: Path, tmp_path: Path) -> None:
+    sounds = tmp_path / "nan.wav"
+    soundfile.write(sounds, np.full(16000, np.nan, np.float32), 8000, subtype="FLOAT")
+
+    def spoil(lines: list[str]) -> list[str]:
+        row = json.loads(lines[0])
+        return [json.dumps({**row, "audio": str(sounds), "duration": 2.0}), *lines[1:]]
+
     once = {"train.steps": 0, "train.epochs": 1, "data.batch_size": 8}
-    trainer.train(mini_config(corpus, **once, **{"data.train": f"[{path}]"}), tmp_path / "run")
+    trainer.train(mini_config(corpus, **once, **{"data.train": f"[{manifest(corpus, tmp_path, spoil)}]"}), tmp_path / "run")
     bad = [json.loads(line) for line in (tmp_path / "run" / "bad_rows.rank0.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in bad] == ["clip000-0"] and bad[0]["reason"]
+    assert [row["id"] for row in bad] == ["clip000-0"] and "NaN" in bad[0]["reason"]
 
 
 # --- NaN ------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def child(config: RunConfig, run: Path, patch: Callable[..., None] | None = None
         process.join()
 
 
-def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 60.0) -> bool:
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 150.0) -> bool:
     """True when ``condition`` came true, False when the process ended first."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

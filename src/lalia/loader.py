@@ -6,6 +6,7 @@ of (seed, epoch), so a run that starts again in the middle of an epoch sees what
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -176,6 +177,13 @@ class _Batches(Dataset[_Made]):
         self.system = system
         self.corpus = corpus
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are spawned (Windows, macOS): rows need the system's settings and tables, never its networks,
+        and networks with weight norm cannot be pickled at all."""
+        bare = copy.copy(self.system)
+        bare._modules, bare._parameters, bare._buffers = {}, {}, {}
+        return {"system": bare, "corpus": self.corpus}
+
     def __getitem__(self, task: _Task) -> _Made:
         state = None if get_worker_info() else _random_state()
         try:
@@ -341,8 +349,10 @@ def _unchanged(made: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C is the trainer's to handle: it saves and ends its workers."""
+    """Ctrl-C and SIGTERM are the trainer's to handle, also where they reach all processes at once, as from torchrun and batch
+    systems: it saves and ends its workers. A second SIGTERM, such as that for a worker that hangs, works as usual."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)
 
 

@@ -84,7 +84,7 @@ def _schedule(config: OptimizerConfig, step: int, epoch: int, total_steps: int) 
         return float(config.decay ** max(0, epoch - config.warmup_epochs))
     if total_steps <= 0:
         kind = config.schedule.name
-        raise ValueError(f"the {kind} schedule needs the length of the run; set train.steps or train.epochs")
+        raise ValueError(f"the {kind} schedule needs the length of the run: set train.steps")
     if config.schedule is ScheduleKind.cosine:
         fall = _progress(step, config.warmup_steps, total_steps)
         return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * fall))

@@ -141,7 +141,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def point(run: Path, name: str, target: str) -> None:
-    """Swing ``run/name`` to the set ``target`` in one step: a symlink, or a text file where those are not allowed."""
+    """Swing ``run/name`` to the set ``target`` in one step: a symlink, or a text file where those are not allowed.
+
+    On Windows always a text file: a link to a folder may be made there, but not replaced in one step.
+    """
+    if sys.platform == "win32":
+        write_atomic(run / name, target + "\n")
+        return
     draft = temporary(run / name)
     draft.unlink(missing_ok=True)
     try:

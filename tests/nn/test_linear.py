@@ -50,6 +50,18 @@ def test_fused_gelu_is_gelu(onednn: bool) -> None:
     assert layer.gelu(value).requires_grad
 
 
+def test_packed_weights_give_the_same_and_are_not_saved(onednn: bool) -> None:
+    torch.manual_seed(0)
+    layer, value = Linear(8, 16), torch.randn(2, 300, 8)
+    keys = set(layer.state_dict())
+    with torch.inference_mode():
+        plain, curved = layer(value), layer.gelu(value)
+        layer.pack()
+        torch.testing.assert_close(layer(value), plain)
+        torch.testing.assert_close(layer.gelu(value), curved)
+    assert set(layer.state_dict()) == keys
+
+
 def test_other_precisions_go_the_ordinary_way(onednn: bool) -> None:
     layer, value = Linear(4, 4), torch.randn(2, 4)
     with torch.autocast("cpu", torch.bfloat16):

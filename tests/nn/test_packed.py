@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lalia.nn.conv import WaveNet, fold_norms
-from lalia.nn.packed import PackedConv, pack_convolutions
+from lalia.nn.packed import PackedConv, pack_layers
 
-needs_onednn = pytest.mark.skipif(not pack_convolutions(nn.Sequential(nn.Conv1d(1, 1, 1))), reason="no oneDNN operators here")
+needs_onednn = pytest.mark.skipif(not pack_layers(nn.Sequential(nn.Conv1d(1, 1, 1))), reason="no oneDNN operators here")
 
 
 @needs_onednn
@@ -18,7 +18,7 @@ def test_values_are_those_of_the_convolution(kernel: int, dilation: int, bias: b
     plain = nn.Conv1d(6, 20, kernel, dilation=dilation, padding=dilation * (kernel // 2), bias=bias)
     packed = PackedConv(plain)
     with torch.inference_mode():
-        for batch, length in ((1, 1), (1, 300), (3, 17)):
+        for batch, length in ((1, 1), (1, 300), (3, 17), (0, 20)):
             hidden = torch.randn(batch, 6, length)
             torch.testing.assert_close(packed(hidden), plain(hidden), atol=1e-5, rtol=1e-5)
             view = torch.randn(batch, length, 6).transpose(1, 2)
@@ -28,7 +28,7 @@ def test_values_are_those_of_the_convolution(kernel: int, dilation: int, bias: b
 @needs_onednn
 def test_the_packed_weights_are_what_computes() -> None:
     plain = nn.Conv1d(4, 4, 3, padding=1)
-    packed, hidden = PackedConv(plain), torch.randn(1, 4, 9)
+    packed, hidden = PackedConv(plain), torch.randn(1, 4, 20)
     with torch.no_grad():
         before = packed(hidden)
         plain.weight.zero_()
@@ -56,7 +56,7 @@ def test_only_plain_convolutions_are_packed() -> None:
             "other_precision": nn.Conv1d(4, 4, 3, dtype=torch.float64),
         }
     )
-    assert pack_convolutions(network) == 1 and isinstance(network["yes"], PackedConv)
+    assert pack_layers(network) == 1 and isinstance(network["yes"], PackedConv)
 
 
 @needs_onednn
@@ -67,6 +67,6 @@ def test_a_folded_wavenet_packs_whole() -> None:
     with torch.inference_mode():
         expected = net(hidden, mask, speaker)
     fold_norms(net)
-    assert pack_convolutions(net) == 7
+    assert pack_layers(net) == 7
     with torch.inference_mode():
         torch.testing.assert_close(net(hidden, mask, speaker), expected, atol=1e-5, rtol=1e-4)

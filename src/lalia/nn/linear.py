@@ -19,21 +19,34 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CPU_DESCRIPTION = Path("/proc/cpuinfo")
+TYPICAL_ROWS = 256  # the layout of packed weights is chosen for about this many rows, and valid for all
 Product = Callable[..., Tensor]
 
 
 class Linear(nn.Linear):
     """Same parameters, shapes and results as ``nn.Linear``: [..., inputs] → [..., outputs]."""
 
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self._packed: list[Tensor] = []  # in a list, so that it is neither saved nor moved
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        product = None if torch.is_grad_enabled() else product_for(input, self.weight)
+        if product is None:
+            return linear(input, self.weight, self.bias)
+        return product(input, *self._packed or [self.weight], self.bias, "none", [], "")
+
+    def pack(self) -> None:
+        """Lay the weight out for oneDNN once, for inference; it must not change afterwards. Does nothing without oneDNN."""
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 and _operator() is not None:
+            self._packed = [torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), TYPICAL_ROWS)]
 
     def gelu(self, value: Tensor) -> Tensor:
         """GELU (the exact one) of this layer's output; one pass over memory where no gradient is asked for."""
         product = None if torch.is_grad_enabled() else product_for(value, self.weight)
         if product is None:
             return F.gelu(self(value))
-        return product(value, self.weight, self.bias, "gelu", [], "none")
+        return product(value, *self._packed or [self.weight], self.bias, "gelu", [], "none")
 
 
 def linear(value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

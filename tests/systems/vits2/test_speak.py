@@ -65,9 +65,10 @@ def test_batch_equals_single(system: Vits2) -> None:
         SpeakRequest(LONG, "s1", noise_scale=0.2),
         SpeakRequest("Golf hotel.", "s0", sdp_ratio=0.0),
         SpeakRequest("Alpha.", "s1", seed=3),
+        SpeakRequest("Bravo charlie delta echo.", "s1", seed=5),  # same settings: one batch with the one before
     ]
     alone = [system.speak([request])[0] for request in requests]
-    for chosen in (range(5), (4, 2, 0)):
+    for chosen in (range(6), (5, 4, 2, 0)):
         for index, speech in zip(chosen, system.speak([requests[i] for i in chosen]), strict=True):
             assert same(speech.wave, alone[index].wave) and speech.wave.dtype == np.float32
             assert speech.sample_rate == 8000 and np.isfinite(speech.wave).all()

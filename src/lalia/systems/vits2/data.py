@@ -116,18 +116,22 @@ def load_wave(row: Row, config: Config) -> Tensor:
     return torch.from_numpy(wave)
 
 
-def prepare(row: Row, config: Config, text_side: TextSide) -> Example:
-    """Row → Example; BadRow with the reason when text, speaker or audio cannot be used."""
+def read_text(row: Row, frames: float, config: Config, text_side: TextSide) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Text, tones, languages int64 [L] and word2ph of a row with ``frames`` frames of sound; BadRow says why it cannot be learnt."""
     analysis = text_side.analyse(row.text, row.language or config.data.languages[0])
     if len(analysis.phones) > config.data.max_phones:
-        raise BadRow(f"text too long: {len(analysis.phones)} phones, limit data.max_phones={config.data.max_phones}")
+        raise BadRow(f"text too long: {len(analysis.phones)} phones, data.max_phones is {config.data.max_phones}")
     text, tones, languages, word2ph = text_side.ids(analysis)
+    if frames < len(text):
+        raise BadRow(f"text does not fit the audio: {len(text)} symbols (blanks included), but only {frames:.0f} frames")
+    return text, tones, languages, word2ph
+
+
+def prepare(row: Row, config: Config, text_side: TextSide) -> Example:
+    """Row → Example; BadRow with the reason when text, speaker or audio cannot be used."""
     wave = load_wave(row, config)
     spectrogram = mel.spectrogram(wave, mel_spec(config.audio))
-    if spectrogram.shape[1] < len(text):
-        raise BadRow(
-            f"more symbols ({len(text)}, blanks included) than frames ({spectrogram.shape[1]}): text and audio do not match"
-        )
+    text, tones, languages, word2ph = read_text(row, spectrogram.shape[1], config, text_side)
     return Example(row.id, text, tones, languages, text_side.speaker(row.speaker), spectrogram, wave, word2ph)
 
 

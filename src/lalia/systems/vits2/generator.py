@@ -180,7 +180,8 @@ class Generator(nn.Module):
             scores = mas_noise(scores, mask, noise_scale, drawn)
         if diagonal > 0:
             scores = scores - diagonal * off_diagonal(lengths[0], lengths[1], scores.shape)
-        return search_alignment(scores, lengths[0], lengths[1])
+        # what is not a number here makes the losses so too, and those are what the trainer guards, on all ranks alike
+        return search_alignment(scores.nan_to_num(), lengths[0], lengths[1])
 
     def forward(
         self,

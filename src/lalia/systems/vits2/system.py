@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lalia import mel, pretrained
-from lalia.data import Row
+from lalia.data import BadRow, Row
 from lalia.nn.align import attention_path, mas_noise_scale
 from lalia.nn.conv import fold_norms
 from lalia.nn.discriminators import DurationDiscriminator, MultiDiscriminator
@@ -24,7 +24,7 @@ from lalia.nn.gan_losses import (
 )
 from lalia.nn.masks import slice_segments
 from lalia.nn.noise import RowNoise, row_seeds
-from lalia.nn.packed import pack_convolutions
+from lalia.nn.packed import pack_layers
 from lalia.nn.slm import WavLMDiscriminator, WavLMFeatures, slm_feature_loss
 from lalia.system import Clock, Media, SpeakRequest, Speech, System
 from lalia.systems.vits2 import config as settings
@@ -87,6 +87,10 @@ class Vits2(System):
             return f"unknown speaker {row.speaker!r}"
         if self.length(row) < self.config.data.segment_frames:
             return f"too short: {self.length(row):.0f} frames, one segment has {self.config.data.segment_frames}"
+        try:
+            data.read_text(row, int(self.length(row)), self.config, self.text_side)
+        except BadRow as error:
+            return str(error)
         return ""
 
     def length(self, row: Row) -> float:
@@ -102,7 +106,7 @@ class Vits2(System):
         """Norms folded into plain weights, convolutions packed for the CPU, critics (half of all parameters) dropped."""
         fold_norms(self.generator)
         for network in ("text_encoder", "flow", "stochastic_duration", "duration", "decoder"):
-            pack_convolutions(getattr(self.generator, network))
+            pack_layers(getattr(self.generator, network))
         self.discriminator, self.duration_discriminator, self.wavlm_discriminator = nn.Identity(), None, None
         self.wavlm_features = None
         self.eval().requires_grad_(False)
