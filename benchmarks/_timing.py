@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -11,17 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from lalia.allocator import keep_freed_memory
 
-def tune_allocator(limit: int = 1 << 30) -> bool:
+
+def tune_allocator() -> bool:
     """Stop glibc from giving each large tensor back to the kernel, for both sides alike; False where there is no glibc.
 
     Otherwise a call that allocates large temporaries is timed with the page faults of fresh memory.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    return bool(libc.mallopt(mmap_threshold, limit) and libc.mallopt(trim_threshold, limit))
+    return keep_freed_memory()
 
 
 def seconds(call: Callable[[], Any]) -> float:

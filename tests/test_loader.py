@@ -124,9 +124,6 @@ def test_sigterm_to_all_processes_is_left_to_the_trainer(tmp_path: Path) -> None
     os.kill(worker.pid, signal.SIGTERM)
     got += list(batches)
     assert len(seen(got)) == 12 and worker.is_alive()
-    os.kill(worker.pid, signal.SIGTERM)  # the second one ends it
-    worker.join(10)
-    assert not worker.is_alive()
     made.close()
 
 

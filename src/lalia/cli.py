@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from lalia import __version__
+from lalia.allocator import keep_freed_memory
 from lalia.commands import config, demo, doctor, evaluate, prepare, speak, train
 
 PACKAGE = Path(__file__).resolve().parent
@@ -117,4 +118,5 @@ def _log_to_stderr(verbose: bool) -> None:
 
 def main() -> None:
     """Entry point of the ``lalia`` script."""
+    keep_freed_memory()
     app()

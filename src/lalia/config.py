@@ -233,10 +233,8 @@ def _wrong_type(node: yaml.Node, hint: Any, dotted: str, origin: str) -> ConfigE
         advice = nearest(node.value, [member.name for member in bare])
     if isinstance(node, yaml.ScalarNode) and typing.get_origin(bare) is list:
         advice = f"; write [{node.value}]"
-    if isinstance(node, yaml.SequenceNode):
-        given = f"[{', '.join(shown(child) for child in node.value)}]"
-    else:
-        given = shown(node)
+    several = isinstance(node, yaml.SequenceNode)
+    given = f"[{', '.join(shown(child) for child in node.value)}]" if several else shown(node)
     return ConfigError(f"{where(origin, node)}: {dotted} expects {_describe(hint)}, got {given}{advice}")
 
 

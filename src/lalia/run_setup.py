@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lalia import checkpoint, dist, optim
 from lalia import config as configuration
+from lalia.allocator import keep_freed_memory
 from lalia.checkpoint import RunFolder
 from lalia.config import ConfigError
 from lalia.data import Corpus
@@ -33,7 +34,7 @@ from lalia.system import Clock, System, system_class
 log = logging.getLogger("lalia.train")
 
 #: changing one of these in a run that has begun would make its weights meaningless
-FIXED_SECTIONS = ("system", "audio.", "model.", "discriminator.")
+FIXED_SECTIONS = ("system", "audio.", "model.", "discriminator.", "data.add_blank", "data.languages")
 SDP_BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH", "cudnn": "CUDNN_ATTENTION"}
 
 
@@ -80,7 +81,8 @@ def prepare_run(config: RunConfig, run: RunFolder, world: dist.World, source: st
     rows = read_rows(data.train, "data.train", data.max_bad_fraction)
     tables = shared_tables(run, lambda: cls.make_tables(config, rows), world)
     torch.manual_seed(config.train.seed)
-    system = cls(config, tables).to(world.device)
+    with dist.rank_zero_first("networks"):  # external models are fetched once, not by every rank at the same time
+        system = cls(config, tables).to(world.device)
     system.autocast_dtype = autocast_dtype(config.train.precision, world.device)
     optim.freeze(system, config.train.freeze)
     kept, rejected = usable(system, rows, data)
@@ -134,7 +136,8 @@ def check_unchanged(config: RunConfig, run: Path) -> None:
 
 
 def torch_settings(config: TrainConfig) -> None:
-    """Threads, TF32, matmul precision and attention backends, as configured and really in force."""
+    """Threads, TF32, matmul precision and attention backends, as configured and really in force; and the memory allocator."""
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision(config.matmul_precision)

@@ -117,7 +117,7 @@ def load_wave(row: Row, config: Config) -> Tensor:
 
 
 def read_text(row: Row, frames: float, config: Config, text_side: TextSide) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Text, tones, languages int64 [L] and word2ph of a row with ``frames`` frames of sound; BadRow says why it cannot be learnt."""
+    """Text, tones, languages int64 [L] and word2ph of a row with ``frames`` frames of sound; BadRow says why not."""
     analysis = text_side.analyse(row.text, row.language or config.data.languages[0])
     if len(analysis.phones) > config.data.max_phones:
         raise BadRow(f"text too long: {len(analysis.phones)} phones, data.max_phones is {config.data.max_phones}")
