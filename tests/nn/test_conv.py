@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lalia.nn.conv import ConvNeXtBlock, DDSConv, LayerNorm, WaveNet, same_padding
+from lalia.nn.conv import ConvNeXtBlock, DDSConv, LayerNorm, WaveNet, depthwise_conv, fold_norms, same_padding
 from lalia.nn.masks import channel_mask
 
 
@@ -94,3 +94,25 @@ def test_even_kernel_is_an_error() -> None:
     assert same_padding(5, 3) == 6
     with pytest.raises(ValueError, match="odd"):
         WaveNet(4, 4, 1, 1)
+
+
+@pytest.mark.parametrize("kernel, dilation", [(3, 1), (3, 9), (5, 2)])
+def test_depthwise_sum_is_the_convolution(kernel: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv1d(6, 6, kernel, groups=6, dilation=dilation, padding=same_padding(kernel, dilation))
+    hidden = torch.randn(2, 6, 11, requires_grad=True)
+    torch.testing.assert_close(depthwise_conv(layer, hidden), layer(hidden))
+    inputs, direction = [hidden, *layer.parameters()], torch.randn(2, 6, 11)
+    found = torch.autograd.grad(depthwise_conv(layer, hidden), inputs, direction)
+    for ours, theirs in zip(found, torch.autograd.grad(layer(hidden), inputs, direction), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_folding_norms_keeps_the_output() -> None:
+    torch.manual_seed(0)
+    net, hidden, mask = WaveNet(8, 3, 1, 2).eval(), torch.randn(1, 8, 12), torch.ones(1, 1, 12)
+    before, names = net(hidden, mask), set(net.state_dict())
+    fold_norms(net)
+    fold_norms(net)
+    torch.testing.assert_close(net(hidden, mask), before)
+    assert names != set(net.state_dict()) and "gates.0.weight" in net.state_dict()

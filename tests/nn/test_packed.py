@@ -57,6 +57,7 @@ def test_only_plain_convolutions_are_packed() -> None:
         }
     )
     assert pack_layers(network) == 1 and isinstance(network["yes"], PackedConv)
+    assert pack_layers(network) == 0 and type(network["yes"].plain) is nn.Conv1d
 
 
 @needs_onednn

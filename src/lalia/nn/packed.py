@@ -50,7 +50,8 @@ def pack_layers(network: nn.Module) -> int:
     """
     if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight") or not torch.backends.mkldnn.is_available():
         return 0
-    children = [(parent, name, child) for parent in network.modules() for name, child in parent.named_children()]
+    parents = [module for module in network.modules() if not isinstance(module, PackedConv)]
+    children = [(parent, name, child) for parent in parents for name, child in parent.named_children()]
     found = [(parent, name, child) for parent, name, child in children if isinstance(child, nn.Conv1d) and _fits(child)]
     for parent, name, child in found:
         setattr(parent, name, PackedConv(child))

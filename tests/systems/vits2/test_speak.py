@@ -115,6 +115,16 @@ def test_long_text_is_split_and_joined(system: Vits2) -> None:
     assert digits.wave.size
 
 
+def test_a_stream_says_what_was_cut(system: Vits2, caplog: pytest.LogCaptureFixture) -> None:
+    list(system.speak_stream(SpeakRequest("Alpha bravo charlie.", max_seconds=0.1)))
+    assert "cut at max_seconds=0.1" in caplog.text
+
+
+def test_one_bad_text_of_several_is_named(system: Vits2) -> None:
+    with pytest.raises(BadRow, match="text 2 of 3 .*Ω"):
+        system.speak([SpeakRequest("Alpha."), SpeakRequest("Ω"), SpeakRequest("Bravo.")])
+
+
 def test_max_seconds_cuts_and_says_so(system: Vits2) -> None:
     request = SpeakRequest("Alpha bravo charlie delta echo foxtrot.", sdp_ratio=0)
     free, cut = (system.speak([replace(request, max_seconds=seconds)])[0] for seconds in (60, 0.25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from lalia.text import split_sentences
 
 if TYPE_CHECKING:
     from lalia.systems.vits2.system import Vits2
+
+log = logging.getLogger(__name__)
 
 BATCH = 16  # sentences whose latents are predicted together
 MAX_SENTENCE_CHARACTERS = 200
@@ -155,7 +158,11 @@ def speak(system: Vits2, requests: Sequence[SpeakRequest]) -> list[Speech]:
     pieces: list[tuple[int, Sentence]] = []
     for index, request in enumerate(requests):
         check(request)
-        pieces += [(index, piece) for piece in sentences(system, request)]
+        try:
+            pieces += [(index, piece) for piece in sentences(system, request)]
+        except BadRow as error:
+            which = f"text {index + 1} of {len(requests)} ({request.text[:40]!r}): " if len(requests) > 1 else ""
+            raise BadRow(f"{which}{error}") from error
     latents = [latent for batch in _batches([p for _, p in pieces]) for latent in predict(system, batch)]
     results = [Speech(np.zeros(0, np.float32), rate) for _ in requests]
     for (index, piece), latent in zip(pieces, latents, strict=True):
@@ -176,6 +183,8 @@ def stream(system: Vits2, request: SpeakRequest, chunk_frames: int = 64) -> Iter
         if index:
             yield np.zeros(int(request.pause * rate), np.float32)
         latent = predict(system, [piece])[0]
+        for note in latent.notes:
+            log.warning("%s", note)  # a stream has no other place for it
         with torch.inference_mode():
             chunks = decode_stream(system.generator.decoder, latent.value, latent.speaker, chunk_frames)
             for chunk in chunks:
