@@ -108,7 +108,7 @@ class WhisperRecogniser:
             model = WhisperForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         self._model: Any = model.to(device).eval()  # type: ignore[arg-type]
         self.batch, self.narrow, self.device = batch, narrow, device
-        self.name = f"{folder.name}{' (narrow window)' if narrow else ''}"
+        self.name = f"{folder.name.removeprefix('wheel--')}{' (narrow window)' if narrow else ''}"
 
     def transcribe(self, waves: Sequence[np.ndarray], sample_rate: int, language: str = "en") -> list[str]:
         pieces: list[np.ndarray] = []
