@@ -27,7 +27,7 @@ from lalia.config import ConfigError
 from lalia.data import Corpus
 from lalia.loader import Loader, usable, write_dataset_report
 from lalia.logs import Logs
-from lalia.runfolder import write_atomic
+from lalia.runfolder import pointed, write_atomic
 from lalia.sections import OnNonfinite, Precision, RunConfig, TrainConfig
 from lalia.system import Clock, System, system_class
 
@@ -35,7 +35,12 @@ log = logging.getLogger("lalia.train")
 
 #: changing one of these in a run that has begun would make its weights meaningless
 FIXED_SECTIONS = ("system", "audio.", "model.", "discriminator.", "data.add_blank", "data.languages")
-SDP_BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH", "cudnn": "CUDNN_ATTENTION"}
+SDP_BACKENDS = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -147,10 +152,8 @@ def torch_settings(config: TrainConfig) -> None:
         unknown = [name for name in config.sdp_backends if name not in SDP_BACKENDS]
         if unknown:
             raise ConfigError(f"train.sdp_backends: unknown {', '.join(unknown)}; known: {', '.join(SDP_BACKENDS)}")
-        torch.backends.cuda.enable_flash_sdp("flash" in config.sdp_backends)
-        torch.backends.cuda.enable_mem_efficient_sdp("efficient" in config.sdp_backends)
-        torch.backends.cuda.enable_math_sdp("math" in config.sdp_backends)
-        torch.backends.cuda.enable_cudnn_sdp("cudnn" in config.sdp_backends)
+        for name, enable in SDP_BACKENDS.items():
+            enable(name in config.sdp_backends)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
@@ -279,7 +282,6 @@ class NonFinite:
     def _dump(
         self, turn: str, value: Tensor, norm: Tensor, losses: dict[str, Tensor], ids: list[str], clock: Clock
     ) -> Path:
-        last = checkpoint.latest_set(self.run)
         path = self.run / "nonfinite" / f"step-{clock.step:08d}-{turn}.rank{self.world.rank}.json"
         path.parent.mkdir(exist_ok=True)
         facts = {
@@ -290,7 +292,7 @@ class NonFinite:
             "gradient_norm": str(float(norm)),
             "losses": {name: str(float(loss)) for name, loss in losses.items()},
             "rows": ids,
-            "last_checkpoint": last.path.name if last else None,
+            "last_checkpoint": pointed(self.run, "latest") or None,
         }
         write_atomic(path, json.dumps(facts, ensure_ascii=False, indent=1))
         return path

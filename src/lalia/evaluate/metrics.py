@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,22 +119,26 @@ def mean_figure(
     name: str, values: Sequence[float | None], seed: int, unit: str = "", better: Better = Better.lower, note: str = ""
 ) -> Figure | None:
     """Mean over the clips that have a value; None when none has."""
-    known = np.array([v for v in values if v is not None], dtype=np.float64)
-    if not len(known):
-        return None
-    low, high = bootstrap.mean_interval(known, seed)
-    return Figure(name, float(known.mean()), low, high, len(known), unit, better, _with_caution(note, len(known)))
+    return _centre_figure((np.mean, bootstrap.mean_interval), name, values, seed, unit, better, note)
 
 
 def median_figure(
     name: str, values: Sequence[float | None], seed: int, unit: str = "", better: Better = Better.lower, note: str = ""
 ) -> Figure | None:
     """Median over the clips that have a value; None when none has."""
+    return _centre_figure((np.median, bootstrap.median_interval), name, values, seed, unit, better, note)
+
+
+def _centre_figure(
+    measures: tuple[Any, Any], name: str, values: Sequence[float | None], seed: int, unit: str, better: Better, note: str
+) -> Figure | None:
+    """``measures``: the centre of the known values, and its bootstrap interval."""
+    centre, interval = measures
     known = np.array([v for v in values if v is not None], dtype=np.float64)
     if not len(known):
         return None
-    low, high = bootstrap.median_interval(known, seed)
-    return Figure(name, float(np.median(known)), low, high, len(known), unit, better, _with_caution(note, len(known)))
+    low, high = interval(known, seed)
+    return Figure(name, float(centre(known)), low, high, len(known), unit, better, _with_caution(note, len(known)))
 
 
 def correlation_figure(name: str, first: Sequence[float], second: Sequence[float], seed: int, note: str = "") -> Figure | None:
