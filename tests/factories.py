@@ -41,9 +41,7 @@ def write_wav(
     return wave
 
 
-def write_container(
-    path: str | Path, wave: np.ndarray, sample_rate: int, codec: str, container: str, layout: str = "mono"
-) -> None:
+def write_container(path: str | Path, wave: np.ndarray, sample_rate: int, codec: str, container: str, layout: str = "mono") -> None:
     """Encode ``wave`` with FFmpeg (G.722, Opus in webm, AAC in m4a …). Lossy codecs add their delay."""
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream(codec, rate=sample_rate, layout=layout)
@@ -104,4 +102,64 @@ def train_tiny_run(folder: str | Path, **overrides: Any) -> Path:
 
     run = Path(folder) / "run"
     train(tiny_vits2_config(folder, **overrides), run)
+    return run
+
+
+TINY_EMOTION = [
+    "data.batch_size=3", "data.workers=0", "model.width=8", "model.dropout=0", "model.speech.kind=none", "model.state.kind=ema",
+    "model.state.tbptt=2", "optimizers.main.lr=0.01", "optimizers.main.warmup_steps=0",
+    "train.epochs=1", "train.steps=0", "train.log_every=1", "train.device=cpu", "train.threads=1",
+]  # fmt: skip
+
+
+def make_dialogues(folder: str | Path, dialogues: int = 4, turns: int = 5, seed: int = 0) -> Path:
+    """A manifest ``folder/all.jsonl`` of dialogues of two speakers whose loudness follows their arousal; returns its path.
+
+    Dialogues have ``turns`` turns, every second one a turn less; rows are in a shuffled order, labels in 1 … 5.
+    """
+    folder, random, rows = Path(folder), np.random.default_rng(seed), []
+    for number in range(dialogues):
+        for turn in range(turns - number % 2):
+            name, level = f"d{number}t{turn}", float(random.uniform(1, 5))
+            path = folder / "audio" / f"{name}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            wave = make_wave(0.3 + 0.05 * (turn % 3), seed=100 * number + turn)
+            soundfile.write(path, wave * level / 5, 16000)
+            labels = {"valence": float(random.uniform(1, 5)), "arousal": level}
+            extra = {"session": f"s{number // 2}", "scripted": False, "time": float(turn)}
+            speaker = f"s{number // 2}-{'ab'[turn % 2]}"
+            rows.append(
+                Row(
+                    name,
+                    str(path),
+                    duration=len(wave) / 16000,
+                    speaker=speaker,
+                    labels=labels,
+                    dialogue=f"d{number}",
+                    turn=turn,
+                    extra=extra,
+                )
+            )
+    order = random.permutation(len(rows))
+    manifest = folder / "all.jsonl"
+    write_manifest(manifest, [rows[i] for i in order])
+    return manifest
+
+
+def tiny_emotion_config(folder: str | Path, **overrides: Any) -> RunConfig:
+    """A very small ``emotion`` with EMA state on four dialogues under ``folder/dialogues`` (made once), one epoch long."""
+    manifest = Path(folder) / "dialogues" / "all.jsonl"
+    if not manifest.is_file():
+        make_dialogues(manifest.parent)
+    items = ["system=emotion", f"data.train=[{manifest}]", f"data.valid=[{manifest}]", *TINY_EMOTION]
+    items += [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in overrides.items()]
+    return load_run_config(None, items)
+
+
+def train_tiny_emotion(folder: str | Path, name: str = "run", **overrides: Any) -> Path:
+    """Train :func:`tiny_emotion_config` in ``folder/name``; returns the run folder."""
+    from lalia.train import train
+
+    run = Path(folder) / name
+    train(tiny_emotion_config(folder, **overrides), run)
     return run

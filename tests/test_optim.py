@@ -148,6 +148,40 @@ def test_build_refuses_a_parameter_without_optimizer() -> None:
         optim.build(Leaky(Config()), Config())
 
 
+def test_parameters_without_weight_decay_have_a_group_of_their_own_and_resume_by_name() -> None:
+    def marked() -> tuple[Config, Toy, dict[str, torch.optim.Optimizer]]:
+        config = Config()
+        config.optimizers.g.weight_decay = 0.5
+        system = Toy(config)
+        system.enc_p["emb"].weight._no_weight_decay = True  # type: ignore[assignment]  # in the middle of the order
+        return config, system, optim.build(system, config)
+
+    _, straight, optimizers = marked()
+    rest, free = optimizers["g"].param_groups
+    assert free["param_names"] == ["enc_p.emb.weight"] and len(rest["param_names"]) == 7
+    assert (rest["weight_decay"], free["weight_decay"]) == (0.5, 0.0) and rest["betas"] == free["betas"]
+    assert len(optimizers["d"].param_groups) == 1
+    for p in straight.parameters():
+        p.grad = torch.zeros_like(p)
+    before = weights(straight)
+    optimizers["g"].step()  # without a gradient, decay is all that moves
+    moved = {n for n, p in straight.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if not n.startswith("disc")} - {"enc_p.emb.weight"}
+
+    train(straight, optimizers, 0, 3)
+    saved, kept = on_disk(optim.optimizer_state(optimizers)), weights(straight)
+    train(straight, optimizers, 3, 6)
+    _, resumed, fresh = marked()
+    resumed.load_state_dict(kept)
+    assert optim.load_optimizer_state(fresh, saved) == []
+    train(resumed, fresh, 3, 6)
+    assert same(weights(straight), weights(resumed))
+    assert {group["lr"] for group in fresh["g"].param_groups} == {fresh["g"].param_groups[0]["lr"]}
+
+    plain = optim.build(Toy(Config()), Config())
+    assert optim.load_optimizer_state(plain, saved) == [] and len(plain["g"].param_groups) == 1  # a run from before the mark
+
+
 # --- freezing -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("patterns", "expected"),

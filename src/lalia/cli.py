@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from lalia import __version__
 from lalia.allocator import keep_freed_memory
-from lalia.commands import config, demo, doctor, evaluate, prepare, speak, train
+from lalia.commands import config, crossval, demo, doctor, emotion, evaluate, features, prepare, speak, train
 
 PACKAGE = Path(__file__).resolve().parent
 HANDLER = "lalia.cli"
@@ -72,9 +72,12 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.prepare)
 app.add_typer(doctor.app, name="doctor")
+app.add_typer(features.app, name="features")
 app.command("train")(train.train)
 app.command("speak")(speak.speak)
+app.command("emotion")(emotion.emotion)
 app.command("evaluate")(evaluate.evaluate)
+app.command("crossval")(crossval.crossval)
 app.command("config")(config.config)
 app.command("demo")(demo.demo)
 

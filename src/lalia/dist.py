@@ -220,6 +220,15 @@ def average(value: Tensor | float) -> Tensor:
     return total / _state.world.size
 
 
+def most(value: int) -> int:
+    """The largest of the ranks' values."""
+    if _state.world.size == 1:
+        return value
+    tensor = torch.tensor(value, device=_state.world.device)
+    torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], bucket_mb: int = 512) -> None:
     """Replace every gradient by its mean over the ranks, in flat buckets of ``bucket_mb`` MiB, in the order given.

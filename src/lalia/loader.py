@@ -246,7 +246,10 @@ class Loader:
     ) -> None:
         self.corpus, self.config, self.seed, self.rank, self.world = corpus, config, seed, rank, world
         self.training, self.on_bad = training, on_bad
-        self.lengths = np.array([system.length(row) for row in corpus], dtype=np.float64)
+        lengths = np.array([system.length(row) for row in corpus], dtype=np.float64)
+        #: rows that share a batch, in their order; what the plan puts into batches
+        self.units = system.sequences(corpus) or [[index] for index in range(len(corpus))]
+        self.lengths = np.array([lengths[unit].sum() for unit in self.units])
         self.seconds_per_unit = seconds_per_unit(corpus.durations(), self.lengths)
         self.bad: dict[str, str] = {}
         self._dataset, self._tasks = _Batches(system, corpus), _Tasks()
@@ -256,7 +259,7 @@ class Loader:
         self._waste: tuple[int, float] = (-1, 0.0)
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """Indices into the corpus of every batch of this rank, see :func:`lalia.batching.plan_epoch`."""
+        """Indices into ``units`` of every batch of this rank, see :func:`lalia.batching.plan_epoch`."""
         if self._planned[0] != epoch:
             plan = plan_epoch(
                 self.lengths,
@@ -287,7 +290,7 @@ class Loader:
         """
         plan = self.plan(epoch)
         clocks = [Clock(self.seed, clock_step + i, epoch, 0, self.training) for i in range(len(plan) - start)]
-        self._tasks.tasks = [_Task(tuple(rows), c) for rows, c in zip(plan[start:], clocks, strict=True)]
+        self._tasks.tasks = [self._task(batch, c) for batch, c in zip(plan[start:], clocks, strict=True)]
         for position, made in enumerate(self._processes(), start=start):
             self._record(made.bad)
             yield made.batch if made.batch is not None else self._next_good(plan, position, clocks[position - start])
@@ -297,6 +300,9 @@ class Loader:
         running, self._loader = getattr(self._loader, "_iterator", None), None
         if running is not None:
             running._shutdown_workers()  # at once; left to the garbage collector it takes 5 s after an error
+
+    def _task(self, batch: Sequence[int], clock: Clock) -> _Task:
+        return _Task(tuple(row for unit in batch for row in self.units[unit]), clock)
 
     def _processes(self) -> DataLoader[_Made]:
         if self._loader is None:
@@ -331,7 +337,7 @@ class Loader:
 
     def _next_good(self, plan: list[list[int]], position: int, clock: Clock) -> Any:
         for step in range(1, len(plan)):
-            made = self._dataset[_Task(tuple(plan[(position + step) % len(plan)]), clock)]
+            made = self._dataset[self._task(plan[(position + step) % len(plan)], clock)]
             self._record(made.bad)
             if made.batch is not None:
                 return made.batch

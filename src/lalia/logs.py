@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,14 +174,13 @@ class Logs:
             writer.add_audio(name, sound, step, sample_rate=sample_rate)
         writer.flush()
 
-    def epoch(
-        self, epoch: int, step: int, waste: float = 0.0, values: Mapping[str, float | Tensor] | None = None
-    ) -> None:
-        """One line that sums up an epoch, in the log of every rank. ``waste``: share of padding in its batches."""
+    def epoch(self, epoch: int, step: int, waste: float = 0.0, lines: Sequence[str] = ()) -> None:
+        """What sums up an epoch, in the log of every rank. ``waste``: share of padding in its batches."""
         now = time.monotonic()
         parts = [f"epoch {epoch}", f"step {step}", duration(now - self._epoch_started), f"padding {100 * waste:.1f}%"]
         self._epoch_started = now
-        log.info("%s", " · ".join([*parts, _figures(to_floats(values))] if values else parts))
+        for line in [" · ".join(parts), *lines]:
+            log.info("%s", line)
 
     def curves(self) -> list[Path]:
         """Draw ``loss_curve.png`` and ``metrics_curve.png`` from ``metrics.csv``. Rank 0 only."""

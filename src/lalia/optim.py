@@ -32,7 +32,8 @@ OptimizerState = dict[str, dict[str, dict[str, Tensor]]]
 def build(system: System, config: RunConfig) -> dict[str, Optimizer]:
     """One AdamW (1711.05101) per name of ``system.optimizers()``, set by ``config.optimizers.<name>``.
 
-    Frozen parameters are left out. Weight decay falls on every parameter, biases and norms too, as in VITS.
+    Frozen parameters are left out. Weight decay falls on every parameter, biases and norms too, as in VITS, except on those with
+    a true attribute ``_no_weight_decay`` (the A and D of Mamba), which form a group of their own.
     Raises ValueError when the split of parameters is wrong, a section is missing, or an optimizer has nothing to learn.
     """
     groups = system.optimizers()
@@ -60,9 +61,11 @@ def section(config: RunConfig, name: str) -> OptimizerConfig:
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> AdamW:
     fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for _, p in named)
     first, second = config.betas
-    return AdamW(
-        named, lr=config.lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay, fused=fused
-    )
+    free = [(name, p) for name, p in named if getattr(p, "_no_weight_decay", False)]
+    rest = [(name, p) for name, p in named if not getattr(p, "_no_weight_decay", False)]
+    split = ((rest, config.weight_decay), (free, 0.0))
+    groups: list[dict[str, Any]] = [{"params": pairs, "weight_decay": decay} for pairs, decay in split if pairs]
+    return AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)
 
 
 # --- learning rate --------------------------------------------------------------------------------------------------

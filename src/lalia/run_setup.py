@@ -34,7 +34,7 @@ from lalia.system import Clock, System, system_class
 log = logging.getLogger("lalia.train")
 
 #: changing one of these in a run that has begun would make its weights meaningless
-FIXED_SECTIONS = ("system", "audio.", "model.", "discriminator.", "data.add_blank", "data.languages")
+FIXED_SECTIONS = ("system", "audio.", "model.", "discriminator.", "labels.", "data.add_blank", "data.languages")
 SDP_BACKENDS = {
     "flash": torch.backends.cuda.enable_flash_sdp,
     "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
@@ -69,7 +69,9 @@ def seed_step(clock: Clock, rank: int) -> None:
 
 
 def audio_seconds(system: System, batch: Any) -> float:
-    """Seconds of speech in a batch that has a spectrogram's ``frame_lengths``; 0 for other batches."""
+    """Seconds of speech in a batch that says so, or has a spectrogram's ``frame_lengths``; 0 for other batches."""
+    if hasattr(batch, "audio_seconds"):
+        return float(batch.audio_seconds)
     audio = getattr(system.config, "audio", None)
     if audio is None or not hasattr(batch, "frame_lengths"):
         return 0.0
@@ -164,7 +166,10 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 
 def initial_weights(config: RunConfig, system: System) -> None:
-    """Start from ``train.init_from``: networks that it lacks start fresh, and the log says which keys matched."""
+    """Weights of external models, then those of ``train.init_from``: networks that it lacks start fresh, and the log says which
+    keys matched."""
+    with dist.rank_zero_first("external"):
+        system.load_external()
     if not config.train.init_from:
         return
     tensors = checkpoint.load_weights(config.train.init_from)
@@ -197,8 +202,12 @@ def turn_figures(turn: str, losses: dict[str, Tensor], weights: dict[str, float]
 def validate(
     system: System, loader: Loader, config: RunConfig, weights: dict[str, float], logs: Logs, step: int
 ) -> dict[str, float]:
-    """Mean losses over the first validation batches by the same turns as in training, without stepping; pictures of the first."""
+    """Mean losses over the first validation batches by the same turns as in training, without stepping; pictures of the first.
+
+    A system with a :class:`~lalia.system.Meter` adds figures over all these batches together.
+    """
     system.eval()
+    system.meter = meter = system.new_meter()
     device = next(system.parameters()).device
     sums: dict[str, list[float]] = {}
     clock = Clock(config.train.seed, step, 0, config.train.steps, training=False)
@@ -213,8 +222,16 @@ def validate(
         if index == 0:
             logs.media(step, system.media(batch, clock))
     loader.close()
+    system.meter = None
     system.train()
-    return {name: math.fsum(values) / len(values) for name, values in sums.items()}
+    means = {name: math.fsum(values) / len(values) for name, values in sums.items()}
+    return means | (meter.figures() if meter is not None else {})
+
+
+def epoch_lines(system: System, loss: float, metrics: dict[str, float]) -> list[str]:
+    """``Train Loss: …``, and ``Val …`` with the system's headline figures where they were measured."""
+    shown = [f"{label}: {metrics[name]:.3f}" for label, name in system.headline.items() if name in metrics]
+    return [f"Train Loss: {loss:.4f}", *([f"Val {', '.join(shown)}"] if shown else [])]
 
 
 # --- guards ---------------------------------------------------------------------------------------------------------

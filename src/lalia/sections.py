@@ -130,6 +130,8 @@ class TrainConfig(Section):
     threads: int = 0  # torch CPU threads; 0 leaves torch's choice
     log_every: int = 200
     eval_every: int = 1000
+    eval_epochs: int = 0  # also evaluate at the end of every so many epochs; 0 = off
+    patience: int = 0  # end the run after so many evaluations without a better one; 0 = never
     save_every: int = 1000
     save_minutes: float = 0.0  # also save when so many minutes have passed since the last save; 0 = off
     valid_batches: int = 8  # validation batches per evaluation; 0 = all

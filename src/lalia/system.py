@@ -10,7 +10,12 @@ Turns.  ``turns(batch, clock)`` yields ``(optimizer name, {loss name: scalar})``
         losses by ``config.weights``, back-propagates, averages gradients over the ranks, clips, steps, and resumes the
         generator, which therefore sees the updated parameters. Never hold an autocast context across a ``yield``.
         Losses are sums divided by :func:`lalia.dist.average` of their counts, so that averaged gradients of N ranks are the
-        gradients of the concatenated batch.
+        gradients of the concatenated batch. Every rank yields as often as the others.
+        When a turn's back-propagation runs out of memory, the trainer throws that ``torch.OutOfMemoryError`` into the generator,
+        which may yield the same turn again, computed in smaller parts.
+Units.  A batch is made of rows. Where rows belong together (turns of a dialogue), :meth:`System.sequences` says which, and a
+        whole sequence is in one batch: state that runs through it begins and ends inside one training step, so that nothing but
+        weights and counters is carried from step to step.
 Time.   Everything random or scheduled is a pure function of (seed, step, row): :class:`Clock` carries the first two.
 Capabilities. Small protocols (:class:`Speaks` …). Command line, harness and server ask for a capability, never for a name.
 """
@@ -32,6 +37,7 @@ from lalia.sections import RunConfig
 #: name → "module:class". A new system costs one line here.
 SYSTEMS: dict[str, str] = {
     "vits2": "lalia.systems.vits2.system:Vits2",
+    "emotion": "lalia.systems.emotion.system:EmotionSystem",
 }
 
 
@@ -88,6 +94,12 @@ def _pin(value: Any) -> Any:
     return value
 
 
+class Meter(Protocol):
+    """Figures over a whole validation set that are no means over its batches. ``turns`` adds to it, in its own way."""
+
+    def figures(self) -> dict[str, float]: ...
+
+
 class System(nn.Module):
     """Base class of every system. Subclasses set ``Config`` and override the methods below; there are no other hooks."""
 
@@ -95,12 +107,15 @@ class System(nn.Module):
     #: metric name of ``validate`` whose value chooses the best checkpoint, and whether lower is better
     best_metric: ClassVar[str] = "loss/total"
     best_is_lower: ClassVar[bool] = True
+    #: label → name of a validation metric, for the line that sums up an epoch
+    headline: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: RunConfig, tables: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = config
         self.tables = dict(tables)
         self.autocast_dtype: torch.dtype | None = None  # set by the trainer from train.precision
+        self.meter: Meter | None = None  # while a validation pass runs: where ``turns`` adds what no mean of batches can give
 
     # --- data -------------------------------------------------------------------------------------------------------
     @classmethod
@@ -124,7 +139,14 @@ class System(nn.Module):
         """Examples → a batch dataclass deriving from :class:`TensorBatch`, with ``ids``."""
         raise NotImplementedError
 
+    def sequences(self, corpus: Any) -> list[list[int]] | None:
+        """Indices of rows that must share a batch, in their order; None when each row is for itself."""
+        return None
+
     # --- inference --------------------------------------------------------------------------------------------------
+    def load_external(self) -> None:
+        """Called once, at step 0 of a new run: fetch the weights of external models that checkpoints will hold from then on."""
+
     def for_inference(self) -> None:
         """Give up what only training needs (critics, parametrised norms) for speed and memory. Results stay, to rounding; the
         system can be neither trained nor saved afterwards."""
@@ -141,6 +163,10 @@ class System(nn.Module):
     def optimizers(self) -> dict[str, list[nn.Parameter]]:
         """Optimizer name → its parameters. Names match ``config.optimizers``; :func:`check_partition` proves the split."""
         return {"main": [p for p in self.parameters() if p.requires_grad]}
+
+    def new_meter(self) -> Meter | None:
+        """An empty accumulator of figures over a whole validation set (a CCC, an error rate), if the system has such."""
+        return None
 
     def scalars(self) -> dict[str, float | Tensor]:
         """Extra figures of the last step for the logs (already detached)."""
@@ -229,6 +255,50 @@ class Aligns(Protocol):
     def alignment(self, row: Any) -> np.ndarray:
         """Which token of a row's text is said at which frame of its recording: 0/1 float32 [T, L]."""
         ...
+
+
+@dataclass
+class Emotion:
+    """What a turn sounds like. ``values``: dimension → value in the units of the labels the run was trained on.
+
+    ``calibration``: the turn's own labels were used to adapt to the speaker, so it must not be scored.
+    """
+
+    id: str
+    speaker: str
+    values: dict[str, float]
+    calibration: bool = False
+
+
+class EmotionSession(Protocol):
+    """One live dialogue. What a turn is told depends on it and the turns before, and is what :meth:`recognize_emotion` says."""
+
+    def turn(
+        self, wave: np.ndarray, sample_rate: int, speaker: str = "", id: str = "", labels: Mapping[str, float] | None = None
+    ) -> Emotion:
+        """``wave`` float32 [S] in [-1, 1]. ``labels``, where known, calibrate the speaker's later turns, never this one."""
+        ...
+
+
+@runtime_checkable
+class RecognizesEmotion(Protocol):
+    """Systems that say what a turn of a dialogue sounds like, in named dimensions."""
+
+    dimensions: list[str]
+
+    def recognize_emotion(
+        self, dialogues: Sequence[Sequence[Any]], *, calibrate: int = 0, feedback: str = "own"
+    ) -> list[list[Emotion]]:
+        """Rows of each dialogue in time order → one :class:`Emotion` a row.
+
+        Args:
+            calibrate: adapt to a speaker by their first so many labelled turns of the dialogue.
+            feedback: what a model that hears its previous answer is given: ``own``, or ``labels`` (teacher forcing, which no use
+                of the model can have; it shows the gap).
+        """
+        ...
+
+    def listen(self) -> EmotionSession: ...
 
 
 def system_class(name: str) -> type[System]:

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,13 @@ from torch import Tensor
 
 from lalia import checkpoint, dist, optim, run_setup
 from lalia.checkpoint import RunFolder
+from lalia.counters import Counters, Window
 from lalia.logs import Logs, Progress
 from lalia.run_setup import Interrupt, NonFinite, Setup
 from lalia.sections import RunConfig
 from lalia.system import Clock, loss_weights
 
 log = logging.getLogger("lalia.train")
-
-
-@dataclass
-class Counters:
-    """Where the run stands; saved in every checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0  # batches done in this epoch
-    seconds: float = 0.0  # wall-clock training seconds over all starts
-    audio_seconds: float = 0.0
-    best: float | None = None
-    best_step: int = -1
-    skipped: int = 0
-    interrupted = False  # no annotation: not a field, not saved. True when Ctrl-C or SIGTERM ended this start
-
-
-@dataclass
-class Window:
-    """Sums since the last log line, kept on the device so that a step waits for nothing."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        result = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return result
 
 
 class Trainer:
@@ -71,9 +39,8 @@ class Trainer:
         self.train_loader, self.valid_loader, self.ema = setup.train_loader, setup.valid_loader, setup.ema
         self.weights = loss_weights(config)
         self.guard = NonFinite(config.train, run.path, self.world)
-        self.window = Window()
+        self.window, self.epoch_window = Window(), Window()
         self.metrics: dict[str, float] = {}
-        self.evaluated_at = -1
         self.saved_step = counters.step if counters.step else -1
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = counters.seconds
@@ -91,10 +58,9 @@ class Trainer:
                     if self._finished(interrupt):
                         break
                 if c.position >= self.train_loader.count(c.epoch):
-                    self.logs.epoch(c.epoch, c.step, self.train_loader.waste(c.epoch))
-                    c.epoch, c.position = c.epoch + 1, 0
+                    self._end_epoch()
         c.interrupted = asked = self._any_rank(interrupt.asked)
-        improved = not asked and self.evaluated_at != c.step and self._evaluate()
+        improved = not asked and self._evaluate()
         if improved or self.saved_step != c.step:
             self._save(best=improved)
         self.logs.curves()
@@ -107,7 +73,7 @@ class Trainer:
         c, t = self.counters, self.config.train
         over = t.minutes > 0 and (time.monotonic() - self.started) / 60 >= t.minutes
         done = bool(t.steps and c.step >= t.steps) or bool(t.epochs and c.epoch >= t.epochs)
-        return self._any_rank(done or over or interrupt.asked)
+        return self._any_rank(done or over or interrupt.asked or 0 < t.patience <= c.stale)
 
     def _any_rank(self, flag: bool) -> bool:
         return flag if self.world.size == 1 else bool(dist.average(float(flag)) > 0)
@@ -118,7 +84,7 @@ class Trainer:
         run_setup.seed_step(clock, self.world.rank)
         rates = optim.set_learning_rates(self.optimizers, self.config, c.step, c.epoch, self.config.train.steps)
         self.system.train()
-        self.window.add(self._turns(batch.to(self.world.device), clock))
+        self._turns(batch.to(self.world.device), clock)
         self.window.add({"learning_rate": [*rates.values()][-1]} | {f"learning_rate_{n}": rate for n, rate in rates.items()})
         c.step, c.position = c.step + 1, c.position + 1
         c.seconds = self.seconds_before + time.monotonic() - self.started
@@ -127,28 +93,51 @@ class Trainer:
             self.ema.update(c.step)
         self._housekeeping(progress)
 
-    def _turns(self, batch: Any, clock: Clock) -> dict[str, Any]:
-        """One pass of the system's generator: weigh, back-propagate, average, clip, step — once per turn."""
-        figures: dict[str, Any] = {}
-        for name, losses in self.system.turns(batch, clock):
-            optimizer = self.optimizers[name]
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            figures.update(run_setup.turn_figures(name, losses, self.weights))
-            total = figures[f"loss/{name}/total"]
-            if not total.requires_grad:  # every loss of this turn is switched off
-                continue
+    def _turns(self, batch: Any, clock: Clock) -> None:
+        """One pass of the system's generator."""
+        turns = iter(self.system.turns(batch, clock))
+        turn = next(turns, None)
+        while turn is not None:
+            turn = self._learn(turns, *turn, batch.ids, clock)
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+        self.window.add(self.system.scalars())
+
+    def _learn(self, turns: Iterator[Any], name: str, losses: dict[str, Tensor], ids: list[str], clock: Clock) -> Any:
+        """One turn: weigh, back-propagate, average, clip, step. Returns the next turn, None after the last."""
+        optimizer = self.optimizers[name]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        figures = run_setup.turn_figures(name, losses, self.weights)
+        total = figures[f"loss/{name}/total"]
+        if total.requires_grad:  # not every loss of this turn is switched off
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                total.backward()
+            except torch.OutOfMemoryError as error:
+                optimizer.zero_grad(set_to_none=True)
+                return turns.throw(error)  # type: ignore[attr-defined]  # the same turn in smaller parts, or the error again
             dist.average_gradients(parameters, self.config.dist.bucket_mb)
             norm = optim.clip_gradients(parameters, optim.section(self.config, name).clip)
             figures[f"grad_norm_{name}"] = norm
-            if self.guard.check(name, total, norm, losses, batch.ids, clock):
+            if self.guard.check(name, total, norm, losses, ids, clock):
                 optimizer.step()
             else:
                 self.counters.skipped += 1
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        return {**figures, **self.system.scalars()}
+        self.window.add(figures)
+        self.epoch_window.add({"loss": total})
+        return next(turns, None)
+
+    def _end_epoch(self) -> None:
+        c, every = self.counters, self.config.train.eval_epochs
+        waste, ended = self.train_loader.waste(c.epoch), c.epoch
+        c.epoch, c.position = c.epoch + 1, 0
+        improved = bool(every) and c.epoch % every == 0 and self._evaluate()
+        self.epoch_window.empty_into(c)
+        loss = c.epoch_loss / max(1, c.epoch_turns)
+        self.logs.epoch(ended, c.step, waste, run_setup.epoch_lines(self.system, loss, self.metrics))
+        c.epoch_loss, c.epoch_turns = 0.0, 0
+        if improved:
+            self._save(best=True)
 
     # --- logs, evaluation, checkpoints --------------------------------------------------------------------------------
     def _housekeeping(self, progress: Progress) -> None:
@@ -167,9 +156,11 @@ class Trainer:
             checkpoint.save_weights(self.run, c.step, self._inference_weights())
 
     def _evaluate(self) -> bool:
-        """Validate on rank 0 while the others wait on a barrier of its own; True when the best metric improved."""
+        """Validate on rank 0 while the others wait on a barrier of its own; True when the best metric improved. Once a step."""
         c, improved = self.counters, False
-        self.evaluated_at = c.step
+        if c.evaluated_at == c.step:
+            return False
+        c.evaluated_at = c.step
         if self.valid_loader is not None:
             averaged = self.ema.swapped() if self.ema is not None else contextlib.nullcontext()
             with dist.alone(), averaged:  # what is measured is what model.safetensors will hold
@@ -180,8 +171,9 @@ class Trainer:
             improved = math.isfinite(value) and (c.best is None or sign * value < sign * c.best)
             if improved:
                 c.best, c.best_step = value, c.step
+            c.stale = 0 if improved else c.stale + 1
         dist.wait_for_main("evaluate", self.config.dist.eval_timeout_seconds)
-        improved, c.best, c.best_step = dist.broadcast_object((improved, c.best, c.best_step))
+        improved, c.best, c.best_step, c.stale = dist.broadcast_object((improved, c.best, c.best_step, c.stale))
         return improved
 
     def _inference_weights(self) -> dict[str, Tensor]:
@@ -191,6 +183,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         """One atomic set. ``model.safetensors`` is what inference uses; with an average, the raw weights go to the state."""
         self.saved_at, self.saved_step, c = time.monotonic(), self.counters.step, self.counters
+        self.epoch_window.empty_into(c)
         if self.world.is_main:
             state = {"counters": asdict(c), "optimizers": optim.optimizer_state(self.optimizers)}
             if self.ema is not None:

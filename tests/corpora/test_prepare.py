@@ -192,7 +192,8 @@ def test_wrong_options_are_named(tmp_path, source, options, message):
 
 
 def test_the_table_names_what_the_command_offers():
-    assert set(SOURCES) == {"asterisk", "folder", "jsonl", "list", "synth", "ljspeech", "librispeech"}
+    speech = {"asterisk", "folder", "jsonl", "list", "synth", "ljspeech", "librispeech"}
+    assert set(SOURCES) == speech | {"dialogues", "iemocap", "msp_podcast", "cremad", "ravdess"}
 
 
 def test_units_of_text():

@@ -67,5 +67,8 @@ def _closing(config: RunConfig, run: Path, counters: Counters, arguments: str) -
         typer.echo(f"stopped at step {counters.step}, saved in {run}. To go on:\n  {program()} train {arguments}")
         return
     typer.echo(f"done: step {counters.step}, epoch {counters.epoch}, saved in {run}")
-    if issubclass(system_class(config.system), Speaks):
-        typer.echo(f'to hear it:\n  {program()} speak {shlex.quote(str(run))} "Good morning." -o morning.wav')
+    system, name = system_class(config.system), shlex.quote(str(run))
+    if issubclass(system, Speaks):
+        typer.echo(f'to hear it:\n  {program()} speak {name} "Good morning." -o morning.wav')
+    if hasattr(system, "recognize_emotion"):
+        typer.echo(f"to use it:\n  {program()} emotion {name} recording.wav\n  {program()} evaluate {name} --data test.jsonl")

@@ -6,7 +6,6 @@ file and one line in :data:`SOURCES`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter, defaultdict
@@ -25,14 +24,21 @@ from lalia.corpora._common import (
     PrepareResult,
     Reason,
     Rejected,
+    share_position,
     text_units,
 )
 from lalia.corpora.asterisk import AsteriskOptions, prepare_asterisk
+from lalia.corpora.cremad import CremadOptions, prepare_cremad
+from lalia.corpora.dialogues import DialoguesOptions, prepare_dialogues
 from lalia.corpora.filelist import FilelistOptions, prepare_filelist
 from lalia.corpora.folder import FolderOptions, prepare_folder
+from lalia.corpora.folds import write_folds
+from lalia.corpora.iemocap import IemocapOptions, prepare_iemocap
 from lalia.corpora.jsonl import prepare_jsonl
 from lalia.corpora.librispeech import prepare_librispeech
 from lalia.corpora.ljspeech import prepare_ljspeech
+from lalia.corpora.msp_podcast import MspPodcastOptions, prepare_msp_podcast
+from lalia.corpora.ravdess import RavdessOptions, prepare_ravdess
 from lalia.corpora.synth import SynthOptions, prepare_synth
 from lalia.data import Row, write_json, write_manifest
 
@@ -42,6 +48,7 @@ __all__ = [
 ]  # fmt: skip
 
 SPLITS = ("train", "valid", "test")
+SHARES = (0.9, 0.05, 0.05)
 
 
 class Source(NamedTuple):
@@ -60,6 +67,11 @@ SOURCES: dict[str, Source] = {
     "synth": Source(prepare_synth, SynthOptions, "robotic speech made here by espeak-ng; needs nothing but pip"),
     "ljspeech": Source(prepare_ljspeech, Options, "the LJSpeech folder: metadata.csv and wavs/"),
     "librispeech": Source(prepare_librispeech, Options, "LibriSpeech folders: speaker/chapter/*.trans.txt"),
+    "dialogues": Source(prepare_dialogues, DialoguesOptions, "simulated dialogues with exact valence and arousal; no licence"),
+    "iemocap": Source(prepare_iemocap, IemocapOptions, "IEMOCAP_full_release: Session1 … Session5"),
+    "msp_podcast": Source(prepare_msp_podcast, MspPodcastOptions, "MSP-Podcast: Labels/, Audios/, Transcripts/"),
+    "cremad": Source(prepare_cremad, CremadOptions, "CREMA-D: AudioWAV/1001_DFA_ANG_XX.wav"),
+    "ravdess": Source(prepare_ravdess, RavdessOptions, "RAVDESS: Actor_01/03-01-06-01-02-01-12.wav, speech alone"),
 }
 
 
@@ -102,7 +114,7 @@ def prepare(
     source: str,
     out: str | Path,
     *,
-    split: Sequence[float] = (0.9, 0.05, 0.05),
+    split: Sequence[float] = SHARES,
     max_bad_fraction: float = 0.2,
     **options: Any,
 ) -> Report:
@@ -129,20 +141,24 @@ def prepare(
     chosen = entry.options(out=Path(out), **options)
     chosen.out.mkdir(parents=True, exist_ok=True)
     result = entry.prepare(chosen)
+    if result.folds and tuple(split) != SHARES:
+        raise CorpusError(f"`prepare {source}` has folds of its own (folds.json), so --split does not apply")
     splits = _assign(result, split)
-    for name in SPLITS:
-        write_manifest(chosen.out / f"{name}.jsonl", splits[name])
     _write_rejected(chosen.out / "rejected.jsonl", result.rejected)
     report = _report(source, result, splits, chosen)
     write_json(chosen.out / "report.json", asdict(report))
+    if result.folds:
+        write_folds(chosen.out, result.rows, result.folds)
+    else:
+        for name in SPLITS:
+            write_manifest(chosen.out / f"{name}.jsonl", splits[name])
     _judge(report, result, max_bad_fraction)
     return report
 
 
-def split_of(identifier: str, shares: Sequence[float] = (0.9, 0.05, 0.05)) -> str:
+def split_of(identifier: str, shares: Sequence[float] = SHARES) -> str:
     """``train``, ``valid`` or ``test`` by a hash of the id: the same on every machine and in every corpus."""
-    digest = hashlib.blake2b(identifier.encode("utf-8"), digest_size=8).digest()
-    position = int.from_bytes(digest, "big") / 2**64
+    position = share_position(identifier)
     _, valid, test = shares
     if position < test:
         return "test"
@@ -155,7 +171,12 @@ def _check_shares(shares: Sequence[float]) -> None:
 
 
 def _assign(result: PrepareResult, shares: Sequence[float]) -> dict[str, list[Row]]:
-    """Rows by split. The corpus's own split counts; one that it lacks is taken from its training part by the hash."""
+    """Rows by split: those of fold 1 where there are folds.
+
+    Else the corpus's own split counts; one that it lacks is taken from its training part by the hash.
+    """
+    if result.folds:
+        return {name: [result.rows[i] for i in result.folds.folds[0].parts[name]] for name in SPLITS}
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     prescribed = set(result.official.values())
     for row in result.rows:
@@ -166,7 +187,7 @@ def _assign(result: PrepareResult, shares: Sequence[float]) -> dict[str, list[Ro
 
 def _report(source: str, result: PrepareResult, splits: dict[str, list[Row]], options: Options) -> Report:
     rows = result.rows
-    trained = {_plain(row.text) for row in splits["train"]}
+    trained = {_plain(row.text) for row in splits["train"]} - {""}
     counts = Counter(item.reason.value for item in result.rejected)
     report = Report(
         source=source,
@@ -179,9 +200,9 @@ def _report(source: str, result: PrepareResult, splits: dict[str, list[Row]], op
         hours_by_language=_hours_by(rows, "language"),
         rejected=dict(counts.most_common()),
         seconds=_quantiles([row.duration for row in rows]),
-        letters_per_second=_quantiles([text_units(row.text) / row.duration for row in rows]),
+        letters_per_second=_quantiles([text_units(row.text) / row.duration for row in rows if row.text]),
         shared_texts=sum(_plain(row.text) in trained for row in splits["test"]),
-        notes=list(result.notes),
+        notes=[*result.notes, *(result.folds.verdict() if result.folds else [])],
         facts=result.facts,
         options=json.loads(json.dumps(asdict(options), default=str)),
     )

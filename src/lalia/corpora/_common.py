@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.progress import track
 
 from lalia import audio
 from lalia.data import Row
+
+if TYPE_CHECKING:
+    from lalia.corpora.folds import Folds
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,9 @@ class Options:
     own audio; otherwise rows point at the files where they are.
     """
 
+    needs_text: ClassVar[bool] = True  # a clip without a plausible text is rejected
+    keeps_silent: ClassVar[bool] = False  # a silent clip is kept, marked in ``extra`` and counted
+
     out: Path
     inputs: list[str] = field(default_factory=list)  # folders, manifests or lists, as the source needs
     sample_rate: int | None = None  # None keeps the rate of the source
@@ -132,7 +138,8 @@ class Options:
 class PrepareResult:
     """What a source found: rows that can be used, and everything else with its reason.
 
-    ``official`` maps row ids to the split that the corpus itself prescribes; ``facts`` goes into the report as it is.
+    ``official`` maps row ids to the split that the corpus itself prescribes; ``folds``, where there are some, are the splits of
+    a cross-validation or of the corpus, already audited, and replace the split by hash. ``facts`` goes into the report as it is.
     """
 
     rows: list[Row]
@@ -140,11 +147,10 @@ class PrepareResult:
     official: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    folds: Folds | None = None
 
 
-def select(
-    found: Iterable[Row | Rejected], options: Options, *, rewrite: bool = False, trim: bool = False
-) -> PrepareResult:
+def select(found: Iterable[Row | Rejected], options: Options, *, rewrite: bool = False, trim: bool = False) -> PrepareResult:
     """Examine every clip found; keep the usable ones. ``rewrite`` copies the audio even if nothing asks for a change.
 
     ``trim`` is the source's own wish, used where the options leave it open.
@@ -163,7 +169,12 @@ def select(
             rows.append(_examine(item, seen, options, trim, rewrite))
         except Unusable as unusable:
             rejected.append(Rejected(item.id, item.audio, unusable.reason, unusable.details))
-    return PrepareResult(rows, rejected)
+    result = PrepareResult(rows, rejected)
+    silent = [row.id for row in rows if row.extra.get("silent")]
+    if silent:
+        result.facts["silent"] = silent
+        result.notes.append(f"{len(silent)} silent clips are kept, the first: {silent[0]} (extra.silent; listed in report.json)")
+    return result
 
 
 def _examine(row: Row, seen: set[str], options: Options, trim: bool, rewrite: bool) -> Row:
@@ -173,20 +184,21 @@ def _examine(row: Row, seen: set[str], options: Options, trim: bool, rewrite: bo
     seen.add(row.id)
     text = " ".join(row.text.split())
     units = text_units(text)
-    if not units:
+    if not units and options.needs_text:
         raise Unusable(Reason.no_transcript, f"text is {row.text!r}" if row.text else "")
     wave, rate = _load(row)
     wave = audio.trim_silence(wave, rate) if trim else wave
     seconds = len(wave) / rate
-    _judge(wave, seconds, units, options)
+    silent = _judge(wave, seconds, units, options)
+    row = replace(row, text=text, duration=seconds, extra={**row.extra, "silent": True} if silent else row.extra)
     if not rewrite:
-        return replace(row, text=text, duration=seconds)
+        return row
     rate_out = options.sample_rate or rate
     wave = audio.resample(wave, rate, rate_out)
     wave = wave / max(1.0, float(np.abs(wave).max()))  # a full-scale clip overshoots when it is resampled
     target = options.out / "audio" / f"{file_name(row.id)}.flac"
     audio.write(target, wave, rate_out)
-    return replace(row, text=text, audio=str(target), start=0.0, duration=len(wave) / rate_out)
+    return replace(row, audio=str(target), start=0.0, duration=len(wave) / rate_out)
 
 
 def _load(row: Row) -> tuple[np.ndarray, int]:
@@ -201,16 +213,27 @@ def _load(row: Row) -> tuple[np.ndarray, int]:
         raise Unusable(Reason.unreadable, str(error)) from error
 
 
-def _judge(wave: np.ndarray, seconds: float, units: int, options: Options) -> None:
+def _judge(wave: np.ndarray, seconds: float, units: int, options: Options) -> bool:
+    """Whether the clip is silent and kept all the same; Unusable where it cannot be used."""
     if seconds < options.min_seconds:
         raise Unusable(Reason.too_short, f"{seconds:.3f} s < {options.min_seconds:g} s")
     if seconds > options.max_seconds:
         raise Unusable(Reason.too_long, f"{seconds:.3f} s > {options.max_seconds:g} s")
-    if float(np.abs(wave).max()) < SILENCE_PEAK:
+    silent = float(np.abs(wave).max()) < SILENCE_PEAK
+    if silent and not options.keeps_silent:
         raise Unusable(Reason.silent)
+    if not options.needs_text:
+        return silent
     if units / seconds > options.max_rate or (units + NAME_UNITS) / seconds < options.min_rate:
         limits = f"{options.min_rate:g}…{options.max_rate:g}"
         raise Unusable(Reason.rate, f"{units} letters in {seconds:.2f} s are {units / seconds:.1f} a second ({limits})")
+    return silent
+
+
+def share_position(identifier: str) -> float:
+    """A number in 0…1 from a hash of an id: the same on every machine and in every corpus."""
+    digest = hashlib.blake2b(identifier.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def text_units(text: str) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,19 +108,20 @@ def _memory(report: ConfigReport, system: System, kept: Corpus, settings: DataCo
     report.trainable = sum(p.numel() for p in system.parameters() if p.requires_grad)
     loader = Loader(system, kept, dataclasses.replace(settings, workers=0), seed=0)
     plan = loader.plan(0)
-    position = int(np.argmax([loader.lengths[rows].max() * len(rows) for rows in plan]))
-    rows = plan[position]
-    longest = sorted(rows, key=lambda i: -loader.lengths[i])[:SAMPLE]
-    sample = activation_bytes(system, system.collate([system.prepare(kept[i], Clock()) for i in longest]))
+    units = max(plan, key=lambda batch: loader.lengths[batch].max() * len(batch))
+    largest = [row for unit in units for row in loader.units[unit]]
+    longest = sorted(units, key=lambda unit: -loader.lengths[unit])[:SAMPLE]
+    rows = [row for unit in longest for row in loader.units[unit]]
+    sample = activation_bytes(system, system.collate([system.prepare(kept[i], Clock()) for i in rows]))
     megabytes = {
         "weights": 4 * sum(p.numel() for p in system.parameters()) / 1e6,
         "gradients": 4 * report.trainable / 1e6,
         "optimizer": 8 * report.trainable / 1e6,
-        "activations": sample / len(longest) * len(rows) / 1e6,
+        "activations": sample / len(rows) * len(largest) / 1e6,
     }
     report.memory_mb = {name: round(value, 1) for name, value in megabytes.items()}
     report.memory_mb["in all"] = round(sum(megabytes.values()), 1)
-    report.activations_from = f"{len(longest)} clips, scaled to the largest batch of {len(rows)}"
+    report.activations_from = f"{len(rows)} clips, scaled to the largest batch of {len(largest)}"
 
 
 def _count(net: torch.nn.Module) -> int:

@@ -52,17 +52,17 @@ def write_report(
     if not given:
         raise ValueError("a report needs at least one evaluation")
     last, out = given[-1], Path(out_html)
-    run_facts, run_minutes = _run_facts(Path(run)) if run else ({}, 0.0)
+    training, run_minutes = run_facts(Path(run)) if run else ({}, 0.0)
     title = title or f"{last.system}{': ' + last.label if last.label else ''}"
     sections = [
         _head(title, last),
         _result(last, minutes or run_minutes),
         _history(given),
         _examples(last, Path(folder) if folder else out.parent),
-        _losses(Path(run) / METRICS) if run else "",
+        losses(Path(run) / METRICS) if run else "",
         _pictures(pictures or {}),
         _figures(last),
-        _facts({**run_facts, **(facts or {})}, last),
+        _facts({**training, **(facts or {})}, last),
         _method(last),
         _all_clips(last),
     ]
@@ -155,7 +155,7 @@ def _card(clip: ClipResult, folder: Path) -> str:
     alignment = ""
     if clip.alignment and (folder / clip.alignment).is_file():
         alignment = (
-            f'<figure class="align"><img alt="alignment of text and recording" src="{_image(folder / clip.alignment)}">'
+            f'<figure class="align"><img alt="alignment of text and recording" src="{image(folder / clip.alignment)}">'
             "<figcaption>Alignment that the training finds: time to the right, text upwards</figcaption></figure>"
         )
     voice = " · ".join(part for part in (clip.speaker, clip.language) if part)
@@ -170,7 +170,7 @@ def _column(name: str, result: ConditionResult, words: int, longest: float, fold
     player = f'<audio controls preload="metadata" src="{_sound(folder / result.wave)}"></audio>'
     picture = (
         f'<div class="mel"><img style="width:{100 * result.seconds / longest:.1f}%" alt="mel spectrogram, {name}" '
-        f'src="{_image(folder / result.picture)}"></div>'
+        f'src="{image(folder / result.picture)}"></div>'
     )
     heard = f"“{_text(result.hypothesis)}”" if result.hypothesis else "nothing"
     count = f"{result.word_errors} of {words} words wrong" if result.word_errors else "all words right"
@@ -187,21 +187,23 @@ def _sound(path: Path) -> str:
     return f"data:audio/wav;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _image(path: Path) -> str:
+def image(path: Path) -> str:
+    """A picture file as a data URI."""
     kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _pictures(given: Mapping[str, str | Path]) -> str:
     figures = "".join(
-        f'<figure><img alt="{_text(caption)}" src="{_image(Path(path))}"><figcaption>{_text(caption)}</figcaption></figure>'
+        f'<figure><img alt="{_text(caption)}" src="{image(Path(path))}"><figcaption>{_text(caption)}</figcaption></figure>'
         for caption, path in given.items()
     )
     return f'<h2>Pictures from training</h2><div class="pictures">{figures}</div>' if figures else ""
 
 
 # --- curves and tables ------------------------------------------------------------------------------------------------------
-def _losses(path: Path) -> str:
+def losses(path: Path) -> str:
+    """The curves of a run's ``metrics.csv``, as HTML; '' without any."""
     if not path.is_file():
         return ""
     panels, _ = curve_groups(read_metrics(path))
@@ -247,7 +249,7 @@ def _note(figure: Figure) -> str:
     return f'<br><span class="soft">{_text(figure.note)}</span>' if figure.note else ""
 
 
-def _run_facts(run: Path) -> tuple[dict[str, str], float]:
+def run_facts(run: Path) -> tuple[dict[str, str], float]:
     """What the newest checkpoint of a run tells, and the minutes of training."""
     found = checkpoint.latest_set(run)
     if found is None:
@@ -267,10 +269,11 @@ def _facts(training: Mapping[str, str], last: Evaluation) -> str:
         "Sample rate": f"{last.sample_rate:,} Hz" if last.sample_rate else "",
         "Evaluation took": duration(last.seconds),
     }
-    return f"<h2>Training and machine</h2><dl>{_terms({**model, **training, **last.machine}.items())}</dl>"
+    return f"<h2>Training and machine</h2><dl>{terms({**model, **training, **last.machine}.items())}</dl>"
 
 
-def _terms(items: Iterable[tuple[str, str]]) -> str:
+def terms(items: Iterable[tuple[str, str]]) -> str:
+    """The body of a ``<dl>``; items without a value are left out."""
     return "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in items if value)
 
 
@@ -292,7 +295,7 @@ def _method(last: Evaluation) -> str:
     skipped = ""
     if last.skipped:
         lines.append(f"{len(last.skipped)} rows could not be used and are in no figure:")
-        skipped = f'<dl class="small">{_terms(last.skipped.items())}</dl>'
+        skipped = f'<dl class="small">{terms(last.skipped.items())}</dl>'
     return "<h2>How it was measured</h2>" + "".join(f"<p>{_text(line)}</p>" for line in lines) + skipped
 
 

@@ -9,5 +9,15 @@ from __future__ import annotations
 
 from lalia.pretrained.models import describe, load_wavlm, load_whisper
 from lalia.pretrained.sources import PretrainedError, cache_folder, resolve
+from lalia.pretrained.speaker import describe_ecapa, load_ecapa
 
-__all__ = ["PretrainedError", "cache_folder", "describe", "load_wavlm", "load_whisper", "resolve"]
+__all__ = [
+    "PretrainedError",
+    "cache_folder",
+    "describe",
+    "describe_ecapa",
+    "load_ecapa",
+    "load_wavlm",
+    "load_whisper",
+    "resolve",
+]

@@ -64,7 +64,7 @@ def load_wavlm(config: ExternalModel, offline: bool = False) -> nn.Module:
         model = _random(lambda: WavLMModel(small))
     else:
         model = _from_folder(WavLMModel, folder)
-    model.normalize_input = folder is not None and _wants_normalized(folder)
+    model.normalize_input = folder is not None and wants_normalized(folder)
     return model.eval().requires_grad_(False)
 
 
@@ -99,7 +99,8 @@ def _from_folder(kind: Any, folder: Path) -> Any:
     return model
 
 
-def _wants_normalized(folder: Path) -> bool:
+def wants_normalized(folder: Path) -> bool:
+    """Whether a WavLM's preprocessor gives waves zero mean and unit variance."""
     path = folder / "preprocessor_config.json"
     return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("do_normalize", False))
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 TINY = "tiny"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SMALL_FILES = ["*.json", "*.txt", "*.model"]
+#: kinds that are no transformers folders: the one file that holds the weights and says what they are
+SINGLE_FILES = {"speaker": "embedding_model.ckpt"}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MODELSCOPE_API_TOKEN", "MODELSCOPE_TOKEN")
 
 
@@ -54,8 +57,10 @@ def cached_path(source: str, revision: str = "") -> Path:
     return cache_folder() / "models" / name
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What a model folder lacks: ``config.json``, weights, or both."""
+def missing_files(folder: Path, kind: str = "") -> list[str]:
+    """What a model folder lacks: ``config.json``, weights, or both; for a kind of :data:`SINGLE_FILES` that file."""
+    if kind in SINGLE_FILES:
+        return [] if (folder / SINGLE_FILES[kind]).is_file() else [SINGLE_FILES[kind]]
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any(path.is_file() for pattern in WEIGHTS for path in folder.glob(pattern)):
         missing.append("weights (model.safetensors or pytorch_model.bin)")
@@ -76,7 +81,7 @@ def resolve(source: str, kind: str, offline: bool = False, revision: str = "") -
     if local is not None:
         return local
     target = cached_path(source, revision)
-    if target.is_dir() and not missing_files(target):
+    if target.is_dir() and not missing_files(target, kind):
         return target
     if source.startswith("wheel:"):
         return _from_wheels(source, kind, target, is_offline(offline))
@@ -86,13 +91,13 @@ def resolve(source: str, kind: str, offline: bool = False, revision: str = "") -
 def _local_folder(source: str, kind: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
-        missing = missing_files(path)
+        missing = missing_files(path, kind)
         if missing:
             raise PretrainedError(f"{kind}.source: folder {path} lacks {' and '.join(missing)}")
         return path
     if path.exists():
         raise PretrainedError(
-            f"{kind}.source: {path} is a file; give the folder that holds config.json and the weights"
+            f"{kind}.source: {path} is a file; give the folder that holds {SINGLE_FILES.get(kind, 'config.json and the weights')}"
         )
     if source.startswith((".", "~")) or path.is_absolute() or "\\" in source or source.count("/") > 1:
         raise PretrainedError(f"{kind}.source: there is no folder {path}")
@@ -122,7 +127,7 @@ def _from_hubs(source: str, kind: str, revision: str, target: Path, offline: boo
     if not re.fullmatch(r"(ms:)?[\w.-]+(/[\w.-]+)?", source):
         raise PretrainedError(f"{kind}.source: {source!r} is neither a folder nor a hub id (owner/name)")
     if not source.startswith("ms:"):
-        found = _in_hub_cache(source, revision)
+        found = _in_hub_cache(source, revision, kind)
         if found is not None:
             return found
     attempts = _attempts(source, kind)
@@ -132,11 +137,11 @@ def _from_hubs(source: str, kind: str, revision: str, target: Path, offline: boo
     failures = []
     for url, name, fetch in attempts:
         log.info("fetching %s from %s", name, redact(url))
-        partial = target.with_name(target.name + ".partial")
+        unfinished = target.with_name(target.name + ".partial")
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            commit = fetch(name, revision, partial)
-            return _finish(partial, target, {"source": redact(url), "revision": commit})
+            unfinished.mkdir(parents=True, exist_ok=True)
+            commit = fetch(name, revision, unfinished)
+            return _finish(unfinished, target, {"source": redact(url), "revision": commit}, kind)
         except _download_errors() as error:
             failures.append(f"{url}: {type(error).__name__}: {error}")
             log.warning("%s", redact(failures[-1]))
@@ -150,20 +155,22 @@ def _attempts(source: str, kind: str) -> list[tuple[str, str, Fetch]]:
     """(address, model id, function that downloads it) in the order to try."""
     mirror = os.environ.get(f"{kind.upper()}_MS_ID", "")
     names = [source.removeprefix("ms:")] if source.startswith("ms:") else [mirror] if mirror else []
-    attempts: list[tuple[str, str, Fetch]] = [
-        (f"https://modelscope.cn/models/{n}", n, _fetch_modelscope) for n in names
-    ]
+    single = SINGLE_FILES.get(kind, "")
+    modelscope: Fetch = partial(_fetch_modelscope, single=single) if single else _fetch_modelscope
+    huggingface: Fetch = partial(_fetch_huggingface, single=single) if single else _fetch_huggingface
+    attempts = [(f"https://modelscope.cn/models/{n}", n, modelscope) for n in names]
     if not source.startswith("ms:"):
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        attempts.append((f"{endpoint.rstrip('/')}/{source}", source, _fetch_huggingface))
+        attempts.append((f"{endpoint.rstrip('/')}/{source}", source, huggingface))
     return attempts
 
 
 def _failure(source: str, kind: str, target: Path, failures: list[str]) -> str:
     tried = "\n".join(f"  - {line}" for line in failures)
+    files = SINGLE_FILES.get(kind, "config.json, the other .json and .txt files and model.safetensors")
     return redact(
         f"{kind}: cannot get {source!r}. Tried:\n{tried}\n"
-        f"By hand: download config.json, the other .json and .txt files and model.safetensors from one of these\n"
+        f"By hand: download {files} from one of these\n"
         f"addresses, put them into {target} and run again, or put them anywhere and set\n"
         f"{kind}.source to that folder. Behind a blocked network set HF_ENDPOINT to a mirror or "
         f"{kind.upper()}_MS_ID to a ModelScope id."
@@ -179,15 +186,15 @@ def redact(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
-def _finish(partial: Path, target: Path, origin: dict[str, str]) -> Path:
-    missing = missing_files(partial)
+def _finish(unfinished: Path, target: Path, origin: dict[str, str], kind: str) -> Path:
+    missing = missing_files(unfinished, kind)
     if missing:
         raise PretrainedError(f"the download lacks {' and '.join(missing)}")
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub library's resume notes
-    (partial / "origin.json").write_text(json.dumps(origin, indent=1), encoding="utf-8")
+    shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the hub library's resume notes
+    (unfinished / "origin.json").write_text(json.dumps(origin, indent=1), encoding="utf-8")
     if target.is_dir():
         shutil.rmtree(target)  # incomplete, or it would have been used
-    partial.rename(target)
+    unfinished.rename(target)
     return target
 
 
@@ -212,7 +219,7 @@ def _download_errors() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
-def _in_hub_cache(name: str, revision: str) -> Path | None:
+def _in_hub_cache(name: str, revision: str, kind: str) -> Path | None:
     """The model in Hugging Face's own cache, if another program has fetched it whole."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
@@ -221,17 +228,18 @@ def _in_hub_cache(name: str, revision: str) -> Path | None:
         folder = Path(hub.snapshot_download(name, revision=revision or None, local_files_only=True))
     except (OSError, ValueError):
         return None
-    return None if missing_files(folder) else folder
+    return None if missing_files(folder, kind) else folder
 
 
-def _fetch_huggingface(name: str, revision: str, folder: Path) -> str:
-    """Download into ``folder`` (resumes what is there), safetensors if the repository has them; returns the commit."""
+def _fetch_huggingface(name: str, revision: str, folder: Path, single: str = "") -> str:
+    """Download into ``folder`` (resumes what is there), safetensors if the repository has them, or the ``single`` file
+    alone; returns the commit."""
     hub = _extra("huggingface_hub")
     _extra("huggingface_hub.errors")
     info = hub.HfApi().model_info(name, revision=revision or None, files_metadata=True)
     files = {sibling.rfilename: sibling for sibling in info.siblings}
     safe = any(f.endswith(".safetensors") and "/" not in f for f in files)
-    patterns = [*SMALL_FILES, WEIGHTS[0] if safe else WEIGHTS[1]]
+    patterns = [single] if single else [*SMALL_FILES, WEIGHTS[0] if safe else WEIGHTS[1]]
     hub.snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=patterns)
     for path, sibling in files.items():
         if sibling.lfs and (folder / path).is_file():
@@ -251,10 +259,9 @@ def _check_sum(path: Path, expected: str) -> None:
         )
 
 
-def _fetch_modelscope(name: str, revision: str, folder: Path) -> str:
+def _fetch_modelscope(name: str, revision: str, folder: Path, single: str = "") -> str:
     modelscope = _extra("modelscope")
     _extra("modelscope.hub.errors")
-    modelscope.snapshot_download(
-        name, revision=revision or None, local_dir=str(folder), allow_patterns=[*SMALL_FILES, *WEIGHTS]
-    )
+    patterns = [single] if single else [*SMALL_FILES, *WEIGHTS]
+    modelscope.snapshot_download(name, revision=revision or None, local_dir=str(folder), allow_patterns=patterns)
     return revision
