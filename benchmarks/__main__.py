@@ -2,6 +2,7 @@
 
 Each compares Lalia with what one would run instead, interleaved in one process, on one thread, with the same allocator setting.
 ``results.json`` maps a name to ``{ratio, p10, p90, ours, theirs, against, note}``; runs of single benchmarks are merged into it.
+A benchmark of quality instead of speed gives ``{variants: {name: {mean, low, high}}, note}``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("speak_vs_hf_vits", "mas_vs_pypi", "padding_waste", "train_step_parts")
+NAMES = (
+    "speak_vs_hf_vits", "mas_vs_pypi", "padding_waste", "train_step_parts",
+    "scan_vs_mambapy", "scan_vs_transformers", "egemaps_vs_opensmile", "emotion_state",
+)  # fmt: skip
 RESULTS = FOLDER / "results.json"
 
 
@@ -36,7 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
         with console.status(f"{name} …"):
             results |= importlib.import_module(name).run()
     merge(chosen.out, results)
-    console.print(table(results))
+    console.print(table({name: result for name, result in results.items() if "ratio" in result}))
+    for name, result in results.items():
+        if "variants" in result:
+            console.print(variants_table(name, result["variants"]))
     for name, result in results.items():
         console.print(f"[bold]{name}[/bold]: {result['note']}", highlight=False)
     console.print(f"written to {chosen.out}", highlight=False)
@@ -58,6 +65,15 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for name, r in results.items():
         spread = f"{r['p10']:.2f}–{r['p90']:.2f}"
         shown.add_row(name, f"{r['ratio']:.2f} ×", spread, f"{r['ours']:.3g}", f"{r['theirs']:.3g}", r["against"])
+    return shown
+
+
+def variants_table(name: str, variants: dict[str, dict[str, float]]) -> Table:
+    shown = Table(title=name)
+    for column in ("variant", "mean", "low", "high"):
+        shown.add_column(column, justify="left" if column == "variant" else "right")
+    for variant, figures in variants.items():
+        shown.add_row(variant, *(f"{figures[key]:.3f}" for key in ("mean", "low", "high")))
     return shown
 
 
