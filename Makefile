@@ -8,7 +8,7 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.lalia-installed
-EXTRAS := dev,asr,synth,bench
+EXTRAS := dev,asr,synth,bench,serve
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench clean

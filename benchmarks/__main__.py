@@ -21,6 +21,8 @@ FOLDER = Path(__file__).resolve().parent
 NAMES = (
     "speak_vs_hf_vits", "mas_vs_pypi", "padding_waste", "train_step_parts",
     "scan_vs_mambapy", "scan_vs_transformers", "egemaps_vs_opensmile", "emotion_state",
+    "decode_vs_transformers",
+    "whisper_features_vs_padded", "first_token_seconds", "audiobench_mini",
 )  # fmt: skip
 RESULTS = FOLDER / "results.json"
 

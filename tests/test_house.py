@@ -23,7 +23,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OURS = [path for folder in ("src", "tests", "benchmarks", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, TRAINER_LINES = 400, 60, 12, 250
 #: packages of the extras; every module must import without them
-EXTRAS = ("pocketsphinx", "espeakng_loader", "modelscope", "monotonic_alignment_search", "psutil", "hypothesis", "pytest")
+EXTRAS = ("pocketsphinx", "espeakng_loader", "modelscope", "monotonic_alignment_search", "psutil", "hypothesis", "pytest",
+          "fastapi", "starlette", "uvicorn", "gradio", "openai", "websockets")
 
 
 def name_of(path: Path) -> str:

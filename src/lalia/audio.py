@@ -34,8 +34,26 @@ STREAMED_SIZE = 0x7FFFFF00  # writers to a pipe put a size at or above this into
 RESIZED = re.compile(r": (\d+) \(should be (\d+)\)")  # libsndfile's log: header size (size that the file has room for)
 
 
+#: demuxers that an upload may be given to: formats that hold their sound themselves. Playlists (HLS, DASH, concat, SDP) name
+#: other files and addresses, and FFmpeg would open those.
+UPLOAD_FORMATS = "aac,ac3,aiff,amr,amrnb,amrwb,ape,asf,au,caf,flac,flv,g722,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
+HIGHEST_RATE = 192_000  # Hz; with a limit of seconds, a limit of samples
+
+
 class AudioError(ValueError):
     """Audio that cannot be used. The message names the file and the reason."""
+
+
+class EmptyAudio(AudioError):
+    """No bytes, or no samples."""
+
+
+class NotAudio(AudioError):
+    """Bytes that are no sound in any known format."""
+
+
+class AudioTooLong(AudioError):
+    """Longer than the limit of :func:`decode_bytes`."""
 
 
 @dataclass
@@ -83,16 +101,21 @@ def read(
     return _decode(path, str(path), RAW_FORMATS.get(path.suffix.lower()), sample_rate, start, duration)
 
 
-def decode_bytes(data: bytes, sample_rate: int | None = None, hint: str = "") -> tuple[np.ndarray, int]:
+def decode_bytes(
+    data: bytes, sample_rate: int | None = None, hint: str = "", max_seconds: float = 0.0
+) -> tuple[np.ndarray, int]:
     """Decode an upload held in memory. ``hint`` is a file name, suffix or MIME type; only headerless formats need it.
 
-    Returns and raises as :func:`read`.
+    Nothing but ``data`` is read: formats that refer to other files are refused. Sound above ``max_seconds`` (0 = no limit) is
+    refused before it fills the memory, whatever its header says.
+
+    Returns and raises as :func:`read`; EmptyAudio, NotAudio and AudioTooLong tell the common reasons apart.
     """
     name = f"{len(data)} bytes of audio" + (f" ({hint})" if hint else "")
     if not data:
-        raise AudioError(f"{name}: empty (0 bytes)")
+        raise EmptyAudio(f"{name}: empty (0 bytes)")
     suffix = MIME_SUFFIX.get(hint.split(";")[0].strip().lower(), Path("x." + hint.rsplit(".", 1)[-1].lower()).suffix)
-    return _decode(io.BytesIO(data), name, RAW_FORMATS.get(suffix), sample_rate, 0.0, 0.0)
+    return _decode(io.BytesIO(data), name, RAW_FORMATS.get(suffix), sample_rate, 0.0, 0.0, max_seconds)
 
 
 def write(path: str | Path, wave: np.ndarray, sample_rate: int) -> None:
@@ -170,23 +193,35 @@ def _checked(path: str | Path) -> Path:
 
 
 def _decode(
-    source: Source, name: str, raw_format: str | None, sample_rate: int | None, start: float, duration: float
+    source: Source,
+    name: str,
+    raw_format: str | None,
+    sample_rate: int | None,
+    start: float,
+    duration: float,
+    max_seconds: float = 0.0,
 ) -> tuple[np.ndarray, int]:
     if start < 0 or duration < 0:
         raise AudioError(f"{name}: start and duration must not be negative, got {start} and {duration}")
     opened = None if raw_format else _open_soundfile(source, name)
     if opened is None:
-        wave, found = _decode_av(source, name, raw_format, start, duration)
+        wave, found = _decode_av(source, name, raw_format, start, duration, max_seconds)
         rate = found.sample_rate
     else:
         with opened as file:
+            _require_short(name, file.frames, file.samplerate, max_seconds)
             wave, rate = _decode_soundfile(file, name, start, duration), file.samplerate
     _require_finite(wave, name)
     if sample_rate and sample_rate != rate:
         wave, rate = resample(wave, rate, sample_rate), sample_rate
     if wave.size == 0:
-        raise AudioError(f"{name}: holds no samples")
+        raise EmptyAudio(f"{name}: holds no samples")
     return wave, rate
+
+
+def _require_short(name: str, samples: int, rate: int, max_seconds: float) -> None:
+    if max_seconds and samples > max_seconds * min(rate, HIGHEST_RATE):
+        raise AudioTooLong(f"{name}: longer than the limit of {max_seconds:g} s; cut it into parts")
 
 
 def _require_finite(wave: np.ndarray, name: str) -> None:
@@ -210,8 +245,9 @@ def _open_soundfile(source: Source, name: str) -> soundfile.SoundFile | None:
         return None
     reason = _damage(file)
     if reason:
+        empty = file.frames <= 0 and "truncated" not in reason
         file.close()
-        raise AudioError(f"{name}: {reason}")
+        raise (EmptyAudio if empty else AudioError)(f"{name}: {reason}")
     return file
 
 
@@ -240,15 +276,24 @@ def _decode_soundfile(file: soundfile.SoundFile, name: str, start: float, durati
     return samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
 
 
+def _open_av(source: Source, name: str, raw_format: str | None) -> Any:
+    """The opened container. An upload may only be in a format that holds its sound itself."""
+    try:
+        if isinstance(source, Path):
+            return av.open(str(source), format=raw_format)
+        return av.open(source, format=raw_format, options={"format_whitelist": UPLOAD_FORMATS, "protocol_whitelist": "none"})
+    except av.error.FFmpegError as error:
+        raise NotAudio(f"{name}: not audio, damaged or truncated ({error.strerror})") from error
+
+
 def _decode_av(
-    source: Source, name: str, raw_format: str | None, start: float, duration: float
+    source: Source, name: str, raw_format: str | None, start: float, duration: float, max_seconds: float = 0.0
 ) -> tuple[np.ndarray, AudioInfo]:
     """Decode the first audio stream with FFmpeg. ``AudioInfo.seconds`` is the length that was decoded."""
-    target: Any = str(source) if isinstance(source, Path) else source
     try:
-        with av.open(target, format=raw_format) as container:
+        with _open_av(source, name, raw_format) as container:
             if not container.streams.audio:
-                raise AudioError(f"{name}: holds no audio stream")
+                raise NotAudio(f"{name}: holds no audio stream")
             stream = container.streams.audio[0]
             rate, channels, codec = stream.rate, stream.channels, stream.codec_context.name
             stop = round((start + duration) * rate) if duration else 0
@@ -256,6 +301,7 @@ def _decode_av(
             for piece in _blocks(container, stream):
                 pieces.append(piece)
                 total += len(piece)
+                _require_short(name, total, rate, max_seconds)
                 if stop and total >= stop:
                     break
             declared = _declared_seconds(container, stream)
@@ -263,7 +309,7 @@ def _decode_av(
         raise AudioError(f"{name}: not audio, damaged or truncated ({error.strerror})") from error
     seconds = total / rate
     if not total:
-        raise AudioError(f"{name}: holds no samples")
+        raise EmptyAudio(f"{name}: holds no samples")
     if declared > max(1.05 * seconds, seconds + 0.5) and not stop:
         raise AudioError(f"{name}: truncated: the header promises {declared:.2f} s, {seconds:.2f} s are there")
     _require_within(name, start, duration, seconds)

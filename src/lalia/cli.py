@@ -16,7 +16,22 @@ from typer.core import TyperGroup
 
 from lalia import __version__
 from lalia.allocator import keep_freed_memory
-from lalia.commands import config, crossval, demo, doctor, emotion, evaluate, features, prepare, speak, train
+from lalia.commands import (
+    chat,
+    config,
+    convert,
+    crossval,
+    demo,
+    doctor,
+    emotion,
+    evaluate,
+    features,
+    prepare,
+    serve,
+    smoke,
+    speak,
+    train,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 HANDLER = "lalia.cli"
@@ -73,8 +88,12 @@ app = typer.Typer(
 app.command("prepare")(prepare.prepare)
 app.add_typer(doctor.app, name="doctor")
 app.add_typer(features.app, name="features")
+app.add_typer(convert.app, name="convert")
 app.command("train")(train.train)
+app.command("smoke")(smoke.smoke)
 app.command("speak")(speak.speak)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("emotion")(emotion.emotion)
 app.command("evaluate")(evaluate.evaluate)
 app.command("crossval")(crossval.crossval)

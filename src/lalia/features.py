@@ -69,23 +69,27 @@ class FeatureStore:
         except DamagedCheckpoint as error:
             log.warning("%s; it will be computed anew", error)
             return None
-        return stored["value"] if self._fits(stored, row) else None
+        return stored["value"] if self.fits(stored, row) else None
 
     def put(self, row: Row, value: Tensor) -> None:
         """Store ``value`` (any shape), whole or not at all. BadRow for a row without audio, AudioError for one without a length."""
-        if not row.audio:
-            raise BadRow(f"{row.id}: features are kept for recordings, and this row has none")
-        seconds = audio.info(row.audio).seconds - row.start
-        record = {
-            **self._origin(row),
-            "seconds": row.duration or seconds,
-            "to_end": row.duration == 0 or abs(row.duration - seconds) < SAME_SECONDS,
-            "value": value.detach().cpu().clone(),
-        }
+        record = {**self.record(row), "value": value.detach().cpu().clone()}
         buffer = io.BytesIO()
         torch.save(record, buffer)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path(row), buffer.getvalue())
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """What a row's features are computed from: JSON data for :meth:`fits`. BadRow for a row without audio, AudioError for one
+        without a length."""
+        if not row.audio:
+            raise BadRow(f"{row.id}: features are kept for recordings, and this row has none")
+        seconds = audio.info(row.audio).seconds - row.start
+        return {
+            **self._origin(row),
+            "seconds": row.duration or seconds,
+            "to_end": row.duration == 0 or abs(row.duration - seconds) < SAME_SECONDS,
+        }
 
     def _origin(self, row: Row) -> dict[str, Any]:
         state = os.stat(row.audio)
@@ -97,7 +101,7 @@ class FeatureStore:
             "start": float(row.start),
         }
 
-    def _fits(self, stored: Any, row: Row) -> bool:
+    def fits(self, stored: Any, row: Row) -> bool:
         """Whether ``stored`` was computed from this row. A duration of 0 means what the file's header will say."""
         if not isinstance(stored, dict) or any(stored.get(key) != value for key, value in self._origin(row).items()):
             return False

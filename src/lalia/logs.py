@@ -159,7 +159,7 @@ class Logs:
         self._open_table().add(step, split, {"epoch": epoch, **plain})
 
     def media(self, step: int, media: Media, split: str = EVAL) -> None:
-        """Pictures (uint8 [height, width, 3]) and sounds (float32 [S] in [-1, 1]) for TensorBoard. Rank 0 only."""
+        """Pictures (uint8 [height, width, 3]), sounds (float32 [S] in [-1, 1]) and texts for TensorBoard. Rank 0 only."""
         if self.rank != 0:
             return
         writer = self._writer(split)
@@ -172,6 +172,9 @@ class Logs:
                 raise ValueError(f"sound {name} must be [samples], got the shape {list(wave.shape)}")
             sound = torch.as_tensor(wave, dtype=torch.float32)[None].clamp(-1.0, 1.0)
             writer.add_audio(name, sound, step, sample_rate=sample_rate)
+        for name, text in media.texts.items():
+            writer.add_text(name, text, step)
+            log.info("step %d, %s: %r", step, name, text)
         writer.flush()
 
     def epoch(self, epoch: int, step: int, waste: float = 0.0, lines: Sequence[str] = ()) -> None:

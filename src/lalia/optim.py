@@ -1,4 +1,5 @@
-"""Optimizers, learning rates as pure functions of the step, gradient norms, freezing and a moving average of weights.
+"""Optimizers (AdamW, and Muon beside it), learning rates as pure functions of the step, gradient norms, freezing and a moving
+average of weights.
 
 Nothing here keeps time: a learning rate follows from (config, step, epoch, total steps) alone, so that a run that is
 resumed, with or without its optimizer state, gets the rate of the uninterrupted one.
@@ -17,23 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from lalia.config import nearest
-from lalia.sections import OptimizerConfig, RunConfig, ScheduleKind
+from lalia.sections import OptimizerConfig, OptimizerKind, RunConfig, ScheduleKind
 from lalia.system import System, check_partition
 
 log = logging.getLogger(__name__)
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 OptimizerState = dict[str, dict[str, dict[str, Tensor]]]
+Named = tuple[str, nn.Parameter]
 
 
 # --- building -------------------------------------------------------------------------------------------------------
 def build(system: System, config: RunConfig) -> dict[str, Optimizer]:
-    """One AdamW (1711.05101) per name of ``system.optimizers()``, set by ``config.optimizers.<name>``.
+    """One AdamW (1711.05101) or :class:`MuonAdamW` per name of ``system.optimizers()``, set by ``config.optimizers.<name>``.
 
     Frozen parameters are left out. Weight decay falls on every parameter, biases and norms too, as in VITS, except on those with
-    a true attribute ``_no_weight_decay`` (the A and D of Mamba), which form a group of their own.
+    a true attribute ``_no_weight_decay`` (the A and D of Mamba), which form a group of their own. Under ``kind: muon`` an
+    attribute ``_learning`` of a parameter says how it is learnt: ``{"muon": True}``, or for AdamW ``rate`` (a multiple of ``lr``),
+    ``betas`` and ``weight_decay``; under ``kind: adamw`` all parameters are treated alike.
     Raises ValueError when the split of parameters is wrong, a section is missing, or an optimizer has nothing to learn.
     """
     groups = system.optimizers()
@@ -44,7 +48,8 @@ def build(system: System, config: RunConfig) -> dict[str, Optimizer]:
         named = [(names[id(p)], p) for p in parameters if p.requires_grad]
         if not named:
             raise ValueError(f"optimizer {name!r} has no trainable parameter; train.freeze froze its whole network")
-        optimizers[name] = _adamw(named, section(config, name))
+        chosen = section(config, name)
+        optimizers[name] = (_muon if chosen.kind is OptimizerKind.muon else _adamw)(named, chosen)
     return optimizers
 
 
@@ -58,14 +63,68 @@ def section(config: RunConfig, name: str) -> OptimizerConfig:
     return found
 
 
-def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> AdamW:
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for _, p in named)
+def _adamw(named: list[Named], config: OptimizerConfig) -> AdamW:
+    fused = _can_fuse(named)
     first, second = config.betas
     free = [(name, p) for name, p in named if getattr(p, "_no_weight_decay", False)]
     rest = [(name, p) for name, p in named if not getattr(p, "_no_weight_decay", False)]
     split = ((rest, config.weight_decay), (free, 0.0))
     groups: list[dict[str, Any]] = [{"params": pairs, "weight_decay": decay} for pairs, decay in split if pairs]
     return AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)
+
+
+def _can_fuse(named: Iterable[Named]) -> bool:
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for _, p in named)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024, torch's) for some groups and AdamW for the others, stepped, saved and resumed as one optimizer.
+
+    Args:
+        groups: parameter groups with their names; ``muon`` says whose each is, and ``rate`` (1 if absent) is the multiple of the
+            optimizer's learning rate that it learns at.
+        momentum: of Muon.
+        settings: of AdamW, for all groups that do not say otherwise.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, **settings: Any) -> None:
+        inner: list[Optimizer] = []
+        for muon in (True, False):
+            own = [dict(group) for group in groups if group["muon"] is muon]
+            if own:
+                inner.append(Muon(own, momentum=momentum) if muon else AdamW(own, **settings))
+        self._inner = inner
+        super().__init__([group for part in inner for group in part.param_groups], {})
+        for part in inner:  # the same groups and the same state, seen twice
+            part.param_groups = [group for group in self.param_groups if group["muon"] is isinstance(part, Muon)]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._inner:
+            part.step()
+
+
+def _muon(named: list[Named], config: OptimizerConfig) -> MuonAdamW:
+    """Groups of parameters with the same settings; the order of the groups is that of their first parameters."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in named:
+        settings = {"muon": False, "weight_decay": config.weight_decay, **_learning(p, config)}
+        groups.setdefault(repr(settings), {**settings, "params": []})["params"].append((name, p))
+    fused = _can_fuse(pair for group in groups.values() if not group["muon"] for pair in group["params"])
+    first, second = config.betas
+    return MuonAdamW([*groups.values()], config.momentum, betas=(first, second), eps=config.eps, fused=fused)
+
+
+def _learning(parameter: nn.Parameter, config: OptimizerConfig) -> dict[str, Any]:
+    """How a parameter is learnt under ``kind: muon``: its mark, else AdamW at ``adamw_lr``."""
+    mark = getattr(parameter, "_learning", None)
+    if mark is None:
+        free = {"weight_decay": 0.0} if getattr(parameter, "_no_weight_decay", False) else {}
+        return {"rate": config.adamw_lr / config.lr, **free}
+    if mark.get("muon") and parameter.ndim != 2:
+        raise ValueError(f"Muon learns matrices; a parameter of shape {list(parameter.shape)} is marked for it")
+    return dict(mark)
 
 
 # --- learning rate --------------------------------------------------------------------------------------------------
@@ -103,11 +162,11 @@ def _progress(step: int, first: float, last: float) -> float:
 def set_learning_rates(
     optimizers: Mapping[str, Optimizer], config: RunConfig, step: int, epoch: int, total_steps: int = 0
 ) -> dict[str, float]:
-    """Set and return the learning rate of every optimizer for this step."""
+    """Set the learning rates for this step, each group's at its own multiple; returns the rate of every optimizer."""
     rates = {name: learning_rate(section(config, name), step, epoch, total_steps) for name in optimizers}
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = rates[name]
+            group["lr"] = rates[name] * group.get("rate", 1.0)
     return rates
 
 
@@ -209,7 +268,7 @@ def _mean_dtype(parameter: Tensor) -> torch.dtype:
 
 # --- state of the optimizers ----------------------------------------------------------------------------------------
 def optimizer_state(optimizers: Mapping[str, Optimizer]) -> OptimizerState:
-    """``{optimizer: {parameter name: {"step" | "exp_avg" | "exp_avg_sq": tensor on the CPU}}}``.
+    """``{optimizer: {parameter name: {"step" | "exp_avg" | "exp_avg_sq" | "momentum_buffer": tensor on the CPU}}}``.
 
     Keyed by name, not by index, and without rates or betas (those come from the configuration). On the CPU these are
     the live tensors: write them out, or clone them, before the next step.
@@ -254,7 +313,7 @@ def _tensor(value: Any) -> Tensor:
 
 def _placed(entry: Mapping[str, Tensor], name: str, parameter: nn.Parameter, optimizer: Optimizer) -> dict[str, Tensor]:
     """Copies of the saved tensors, on the parameter's device; the step count stays on the CPU unless AdamW is fused."""
-    fused = bool(optimizer.param_groups[0].get("fused"))
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     placed = {}
     for key, value in entry.items():
         if key != "step" and value.shape != parameter.shape:

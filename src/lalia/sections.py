@@ -57,11 +57,25 @@ class ScheduleKind(Enum):
     constant = "constant"
 
 
+class OptimizerKind(Enum):
+    """The rule of an optimizer's steps."""
+
+    adamw = "adamw"
+    muon = "muon"  # Muon for the matrices that a network marks, AdamW for all else
+
+
 @dataclass
 class OptimizerConfig(Section):
-    """AdamW with a schedule and a gradient-norm limit; one per optimizer name that the system's turns yield."""
+    """AdamW or Muon with a schedule and a gradient-norm limit; one per optimizer name that the system's turns yield.
 
+    Under ``kind: muon``, ``lr`` is Muon's (0.02 is usual). Embeddings and scalars that a network marks follow its own settings, at
+    multiples of ``lr``; parameters without a mark (a projector, adapters) are AdamW's, at ``adamw_lr``.
+    """
+
+    kind: OptimizerKind = OptimizerKind.adamw
     lr: float = 2e-4
+    momentum: float = 0.95  # muon
+    adamw_lr: float = 3e-4  # muon: rate of the parameters without a mark
     betas: list[float] = field(default_factory=lambda: [0.8, 0.99])
     eps: float = 1e-9
     weight_decay: float = 0.01
@@ -74,8 +88,10 @@ class OptimizerConfig(Section):
     clip: float = 0.0  # limit of the global gradient norm; 0 = measure only
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.lr <= 0 or self.adamw_lr <= 0:
+            raise ValueError(f"lr and adamw_lr must be above 0, got {self.lr} and {self.adamw_lr}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.clip < 0:

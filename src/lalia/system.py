@@ -38,6 +38,15 @@ from lalia.sections import RunConfig
 SYSTEMS: dict[str, str] = {
     "vits2": "lalia.systems.vits2.system:Vits2",
     "emotion": "lalia.systems.emotion.system:EmotionSystem",
+    "omni-smoke": "lalia.systems.omni.smoke:OmniSmoke",
+    "omni-base": "lalia.systems.omni.base:OmniBase",
+    "omni-align": "lalia.systems.omni.align:OmniAlign",
+    "omni-chat": "lalia.systems.omni.chat:OmniChat",
+}
+
+#: program → "module:function" that turns what it trained into a run folder
+CONVERTERS: dict[str, str] = {
+    "nanochat": "lalia.systems.omni.nanochat:convert",
 }
 
 
@@ -54,10 +63,11 @@ class Clock:
 
 @dataclass
 class Media:
-    """For the logs. ``images``: name → uint8 [height, width, 3]; ``audio``: name → (float32 [S], sample rate in Hz)."""
+    """For the logs. ``images``: name → uint8 [height, width, 3]; ``audio``: name → (float32 [S], sample rate in Hz); ``texts``."""
 
     images: dict[str, np.ndarray] = field(default_factory=dict)
     audio: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class TensorBatch:
@@ -301,13 +311,80 @@ class RecognizesEmotion(Protocol):
     def listen(self) -> EmotionSession: ...
 
 
+@dataclass
+class Message:
+    """One message of a conversation. ``role``: system, user or assistant; ``audio``: recordings, float32 [S] at 16 kHz each."""
+
+    role: str
+    text: str = ""
+    audio: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass
+class Question:
+    """A conversation that ends with the user's question, and answers of which one is right."""
+
+    messages: list[Message]
+    answers: list[str]
+
+
+@runtime_checkable
+class ScoresAnswers(Protocol):
+    """Systems that say how probable given answers are."""
+
+    def score_answers(self, questions: Sequence[Question]) -> list[list[float]]:
+        """Length-normalised log-probability of each answer, by question; higher is more probable. ValueError for what the model
+        cannot be asked."""
+        ...
+
+
+@runtime_checkable
+class Replies(Protocol):
+    """Systems that answer a conversation with text."""
+
+    def reply(
+        self, messages: Sequence[Message], *, max_tokens: int = 256, temperature: float = 0.0, top_k: int = 0, seed: int = 0
+    ) -> Iterator[str]:
+        """Pieces of the answer as they are decoded; closing the iterator stops the decoding.
+
+        ``temperature`` 0 takes the likeliest token, ``top_k`` draws from so many (0 = all). ValueError at the first piece for what
+        the model cannot answer: a conversation longer than its context, too many recordings.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """Systems that reply and can say how long a conversation is for them."""
+
+    def count_tokens(self, messages: Sequence[Message], reply: str = "") -> tuple[int, int]:
+        """Positions that ``messages`` take in the context (audio included), and tokens of ``reply``."""
+        ...
+
+
+@runtime_checkable
+class Transcribes(Protocol):
+    def transcribe(self, waves: Sequence[np.ndarray], language: str = "") -> list[str]:
+        """What is said in recordings float32 [S] at 16 kHz. ``language`` '' = the model's own choice; ValueError if unknown."""
+        ...
+
+
 def system_class(name: str) -> type[System]:
     """The class of a system by name; ValueError with the nearest name otherwise."""
     from lalia.config import nearest
 
     if name not in SYSTEMS:
         raise ValueError(f"unknown system {name!r}{nearest(name, SYSTEMS)}; known: {', '.join(SYSTEMS)}")
-    module, _, attribute = SYSTEMS[name].partition(":")
+    return _named(SYSTEMS[name])
+
+
+def converter(name: str) -> Any:
+    """The function of :data:`CONVERTERS` that takes over models of the program ``name``."""
+    return _named(CONVERTERS[name])
+
+
+def _named(place: str) -> Any:
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

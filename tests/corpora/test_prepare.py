@@ -193,7 +193,7 @@ def test_wrong_options_are_named(tmp_path, source, options, message):
 
 def test_the_table_names_what_the_command_offers():
     speech = {"asterisk", "folder", "jsonl", "list", "synth", "ljspeech", "librispeech"}
-    assert set(SOURCES) == speech | {"dialogues", "iemocap", "msp_podcast", "cremad", "ravdess"}
+    assert set(SOURCES) == speech | {"dialogues", "iemocap", "msp_podcast", "cremad", "ravdess"} | {"text", "sines", "instructions"}
 
 
 def test_units_of_text():

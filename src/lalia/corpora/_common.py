@@ -139,7 +139,8 @@ class PrepareResult:
     """What a source found: rows that can be used, and everything else with its reason.
 
     ``official`` maps row ids to the split that the corpus itself prescribes; ``folds``, where there are some, are the splits of
-    a cross-validation or of the corpus, already audited, and replace the split by hash. ``facts`` goes into the report as it is.
+    a cross-validation or of the corpus, already audited, and replace the split by hash. ``split_keys`` gives rows that belong
+    together (pieces of a document) one text to be hashed instead of their ids. ``facts`` goes into the report as it is.
     """
 
     rows: list[Row]
@@ -148,6 +149,7 @@ class PrepareResult:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folds: Folds | None = None
+    split_keys: dict[str, str] = field(default_factory=dict)
 
 
 def select(found: Iterable[Row | Rejected], options: Options, *, rewrite: bool = False, trim: bool = False) -> PrepareResult:

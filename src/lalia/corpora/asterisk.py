@@ -7,14 +7,12 @@ English, Spanish, French, Italian and Russian, 16 kHz G.722, about 25 minutes a 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import logging
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lalia.corpora import _debian
 from lalia.corpora._common import (
     CorpusError,
     CorpusUnavailable,
@@ -26,8 +24,6 @@ from lalia.corpora._common import (
     select,
 )
 from lalia.data import Row
-
-log = logging.getLogger(__name__)
 
 VERSION = "1.6.1-1"
 SHA256 = {  # of the packages this was tested with; another version is used with a warning
@@ -46,7 +42,6 @@ SPEAKERS = {"en": "allison", "es": "allison", "fr": "june", "it": "carlo", "ru":
 FOLDERS = {"en": "en_US", "es": "es_MX", "fr": "fr_CA", "it": "it_IT", "ru": "ru_RU"}
 ADVICE = "`lalia prepare synth` makes a synthetic corpus that needs neither apt nor a network"
 BRACKETS = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
-DOWNLOAD_SECONDS = 600
 
 
 @dataclass
@@ -72,7 +67,8 @@ def prepare_asterisk(options: AsteriskOptions) -> PrepareResult:
     work = Path(options.download) if options.download else options.out / "download"
     work.mkdir(parents=True, exist_ok=True)
     names = [f"asterisk-core-sounds-{language}{kind}" for language in options.languages for kind in ("", "-g722")]
-    packages = {name: _fetch(name, work) for name in progress(names, "fetching packages", options)}
+    wanted = progress(names, "fetching packages", options)
+    packages = {name: _debian.fetch(name, work, SHA256[name], VERSION, ADVICE) for name in wanted}
     found: list[Row | Rejected] = []
     for language in options.languages:
         found.extend(find_prompts(work / "root", language))
@@ -115,49 +111,3 @@ def spoken_text(text: str) -> tuple[str, str]:
         if any(character.isalnum() for character in bracket):
             return text, f"the transcript is or holds a note: {text}"
     return BRACKETS.sub(" ", text).strip(), ""
-
-
-def _fetch(name: str, work: Path) -> dict[str, str]:
-    """Package ``name`` unpacked under ``work/root``; its file name and sha256."""
-    stored = _stored(name, work)
-    if stored is None:
-        _download(name, work)
-        stored = _stored(name, work)
-    if stored is None:
-        raise CorpusUnavailable(f"apt-get download {name} left no package in {work}; {ADVICE}")
-    digest = hashlib.sha256(stored.read_bytes()).hexdigest()
-    if digest != SHA256[name]:
-        log.warning("%s (sha256 %s) is not the %s %s that was tested", stored.name, digest, name, VERSION)
-    _run(["dpkg-deb", "-x", stored.name, "root"], work)
-    return {"file": stored.name, "sha256": digest, "tested": str(digest == SHA256[name]).lower()}
-
-
-def _stored(name: str, work: Path) -> Path | None:
-    return next(iter(sorted(work.glob(f"{name}_*.deb"), reverse=True)), None)
-
-
-def _download(name: str, work: Path) -> None:
-    """By the machine's package lists; where those are missing or old, by fresh lists under ``work`` (no root)."""
-    try:
-        _run(["apt-get", "download", name], work)
-        return
-    except CorpusUnavailable as error:
-        log.info("%s; trying with fresh package lists in %s", error, work)
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (work / folder).mkdir(parents=True, exist_ok=True)
-    private = ["-o", f"Dir::State::Lists={work.resolve() / 'lists'}", "-o", f"Dir::Cache={work.resolve() / 'cache'}"]
-    if not any(p.is_file() for p in (work / "lists").iterdir()):
-        _run(["apt-get", *private, "update"], work)
-    _run(["apt-get", *private, "download", name], work)
-
-
-def _run(command: list[str], work: Path) -> None:
-    try:
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-    except FileNotFoundError as error:
-        raise CorpusUnavailable(f"{command[0]} is not on this machine; {ADVICE}") from error
-    except subprocess.TimeoutExpired as error:
-        raise CorpusUnavailable(f"`{' '.join(command)}` took over {DOWNLOAD_SECONDS} s; {ADVICE}") from error
-    if done.returncode:
-        complaint = next((x for x in done.stderr.splitlines() if x.startswith(("E:", "dpkg"))), done.stderr.strip())
-        raise CorpusUnavailable(f"`{' '.join(command)}` failed: {complaint}; {ADVICE}")

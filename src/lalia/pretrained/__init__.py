@@ -7,7 +7,7 @@ network.
 
 from __future__ import annotations
 
-from lalia.pretrained.models import describe, load_wavlm, load_whisper
+from lalia.pretrained.models import describe, load_causal_lm, load_wavlm, load_whisper
 from lalia.pretrained.sources import PretrainedError, cache_folder, resolve
 from lalia.pretrained.speaker import describe_ecapa, load_ecapa
 
@@ -16,6 +16,7 @@ __all__ = [
     "cache_folder",
     "describe",
     "describe_ecapa",
+    "load_causal_lm",
     "load_ecapa",
     "load_wavlm",
     "load_whisper",

@@ -81,6 +81,30 @@ def load_whisper(config: ExternalModel, offline: bool = False) -> tuple[nn.Modul
     return model.eval().requires_grad_(False), processor
 
 
+def load_causal_lm(config: ExternalModel, offline: bool = False) -> nn.Module:
+    """transformers' causal language model (Llama, Qwen2, …) in evaluation mode, frozen, float32; ``tiny`` is a Llama.
+    PretrainedError when it cannot be had or its weights do not fit."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    folder = resolve(config.source, "language", offline, config.revision)
+    if folder is None:
+        small = LlamaConfig(
+            vocab_size=257,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
+        model = _random(lambda: LlamaForCausalLM(small))
+    else:
+        model = _from_folder(AutoModelForCausalLM, folder)
+    return model.eval().requires_grad_(False)
+
+
 def _from_folder(kind: Any, folder: Path) -> Any:
     """``from_pretrained`` without network and without pickled code, and strict: a weight that is missing or misshapen
     is an error."""

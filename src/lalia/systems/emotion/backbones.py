@@ -15,11 +15,8 @@ from torch import Tensor, nn
 
 from lalia.mel import MelSpec, mel_filters
 from lalia.nn.masks import sequence_mask
+from lalia.nn.whisper import HOP, N_FFT, RATE, WhisperEncoder
 
-RATE = 16_000
-N_FFT, HOP = 400, 160  # Whisper's spectrogram: 25 ms every 10 ms
-FRAME = 2 * HOP  # samples of one hidden frame of Whisper
-MEL_FLOOR, MEL_RANGE = 1e-10, 8.0  # Whisper's power floor, and decades below the loudest value
 VARIANCE_FLOOR = 1e-7  # of WavLM's feature extractor
 
 
@@ -124,28 +121,16 @@ class WavlmBackbone(nn.Module):
 
 
 class WhisperBackbone(nn.Module):
-    """transformers' WhisperEncoder (Radford et al. 2022, 2212.04356) without weights: all its hidden states.
+    """Whisper's encoder (:mod:`lalia.nn.whisper`) without weights: all its hidden states.
 
     ``settings`` is its configuration as a dict. With ``trim`` the batch is as long as its longest clip, and attention
-    stays within a clip; without, every clip is followed by silence up to 30 s, as Whisper was trained. The first state is the
-    input of the first layer, the last one has the final norm, as transformers counts them.
+    stays within a clip; without, every clip is followed by silence up to 30 s, as Whisper was trained.
     """
-
-    filters: Tensor
-    window: Tensor
 
     def __init__(self, settings: Mapping[str, Any], trim: bool, freeze_extractor: bool = True) -> None:
         super().__init__()
-        from transformers import WhisperConfig
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        self.model: Any = WhisperEncoder(WhisperConfig.from_dict(dict(settings)))
-        config = self.model.config
-        self.layers, self.width, self.trim = config.encoder_layers + 1, config.d_model, trim
-        self.longest = config.max_source_positions * FRAME
-        spec = MelSpec(RATE, N_FFT, HOP, N_FFT, config.num_mel_bins)
-        self.register_buffer("filters", mel_filters(spec), persistent=False)
-        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+        self.model = WhisperEncoder(settings, mel_filters(MelSpec(RATE, N_FFT, HOP, N_FFT, settings["num_mel_bins"])))
+        self.layers, self.width, self.trim = len(self.model.layers) + 1, self.model.width, trim
         if freeze_extractor:
             self.model.conv1.requires_grad_(False)
             self.model.conv2.requires_grad_(False)
@@ -156,48 +141,8 @@ class WhisperBackbone(nn.Module):
 
     def states(self, wave: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
         """As :class:`Backbone` says. ValueError for more samples than the model has positions."""
-        if wave.shape[1] > self.longest:
-            raise ValueError(f"{wave.shape[1] / RATE:g} s are more than this Whisper's {self.longest / RATE:g} s; window the wave")
-        frames = (lengths + FRAME - 1) // FRAME
-        total = -(-wave.shape[1] // FRAME) if self.trim else self.longest // FRAME
-        features = self.log_mel(wave, lengths, total)
-        hidden = F.gelu(self.model.conv2(F.gelu(self.model.conv1(features)))).transpose(1, 2)
-        hidden = hidden + self.model.embed_positions.weight[:total]
-        hidden = F.dropout(hidden, self.model.config.dropout, self.training)
-        mask = sequence_mask(frames, total).view(-1, 1, 1, total) if self.trim and len(wave) > 1 else None
-        states = [hidden]
-        for layer in self.model.layers:
-            states.append(self._layer(layer, states[-1], mask))
-        states[-1] = self.model.layer_norm(states[-1])
-        return states, frames
+        return self.model(wave, lengths, self.trim)
 
     def log_mel(self, wave: Tensor, lengths: Tensor, total: int) -> Tensor:
         """wave [N, S] → Whisper's log-mel [N, M, 2 · total]. When trimmed, zero beyond a clip's own frames."""
-        mask = sequence_mask(lengths, wave.shape[1])
-        padded = F.pad(wave.float() * mask, (0, total * FRAME - wave.shape[1]))
-        margin = N_FFT // 2
-        padded = F.pad(F.pad(padded, (margin, 0), mode="reflect"), (0, margin), mode="constant" if self.trim else "reflect")
-        with torch.autocast(wave.device.type, enabled=False):
-            spectrum = torch.stft(padded, N_FFT, HOP, N_FFT, self.window, center=False, return_complex=True)[..., :-1]
-            power = self.filters @ (spectrum.real.square() + spectrum.imag.square())
-            decades = power.clamp_min(MEL_FLOOR).log10()
-            if not self.trim:
-                return (decades.maximum(decades.amax((1, 2), keepdim=True) - MEL_RANGE) + 4) / 4
-            own = sequence_mask(2 * ((lengths + FRAME - 1) // FRAME), 2 * total).unsqueeze(1)
-            loudest = decades.masked_fill(~own, -torch.inf).amax((1, 2), keepdim=True)
-            return (decades.maximum(loudest - MEL_RANGE) + 4) / 4 * own
-
-    def _layer(self, layer: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """One encoder layer: hidden [N, T, D], mask [N, 1, 1, T] of the frames that may be attended to."""
-        attention, config = layer.self_attn, self.model.config
-        normed = layer.self_attn_layer_norm(hidden)
-        query, key, value = (
-            project(normed).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        dropout = config.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
-        hidden = hidden + F.dropout(attention.out_proj(mixed), config.dropout, self.training)
-        inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
-        inner = layer.fc2(F.dropout(inner, config.activation_dropout, self.training))
-        return hidden + F.dropout(inner, config.dropout, self.training)
+        return self.model.log_mel(wave, lengths, total, self.trim)

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lalia.nn.masks import sequence_mask
 from lalia.nn.pieces import Piece, cut, pack, padded_size, rejoin, take
+from lalia.nn.whisper import FRAME, RATE
 from lalia.pretrained import load_wavlm, load_whisper, resolve
 from lalia.pretrained.models import wants_normalized
 from lalia.sections import ExternalModel
-from lalia.systems.emotion.backbones import FRAME, RATE, WavlmBackbone, WhisperBackbone
+from lalia.systems.emotion.backbones import WavlmBackbone, WhisperBackbone
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,158 @@
+"""The application: OpenAI's routes, the page, errors as OpenAI's JSON, bounded uploads. FastAPI carries it; uvicorn runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lalia.serve.engine import Engine
+from lalia.serve.limits import RequestError, refusal
+from lalia.serve.openai_routes import Routes
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+log = logging.getLogger(__name__)
+
+NEEDED = ("fastapi", "uvicorn", "python_multipart", "gradio")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+CONNECTIONS = 64
+
+
+def require_packages() -> None:
+    """ImportError-free check that the extra ``serve`` is installed; ValueError says how to get it."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'lalia[serve]'")
+
+
+def build(engine: Engine, *, page: bool = True, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The application of one engine.
+
+    Args:
+        page: mount the page to talk to at ``/`` (Gradio).
+        hosts: values of the ``Host`` header that are answered; others get 400, which stops a foreign web page from reaching a
+            server on this machine through a name of its own (DNS rebinding).
+    """
+    from fastapi import FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.routing import BaseRoute, Route
+
+    routes = Routes(engine)
+    folder = tempfile.TemporaryDirectory(prefix="lalia-serve-", ignore_cleanup_errors=True)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+        folder.cleanup()
+
+    table: list[BaseRoute] = [
+        Route("/healthz", routes.health),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.model),
+        Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+        Route("/v1/audio/transcriptions", routes.transcriptions, methods=["POST"]),
+        Route("/v1/audio/speech", routes.speech, methods=["POST"]),
+    ]
+    # FastAPI's own pages of documentation load scripts from another host
+    app = FastAPI(title="Lalia", docs_url=None, redoc_url=None, openapi_url=None, routes=table, lifespan=lifespan)
+    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(ValueError, _failed)
+    app.add_exception_handler(HTTPException, _failed)
+    app.add_middleware(BodyLimit, most=engine.limits.upload_bytes)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    if page:
+        from lalia.serve.studio import mount
+
+        app = mount(app, engine, Path(folder.name))
+    return app
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """An error → OpenAI's JSON. A fault of the program is logged with its traceback and not shown to the client."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    if isinstance(error, HTTPException):
+        error = RequestError(f"{request.url.path}: {error.detail}", error.status_code)
+    known = refusal(error)
+    if known is None:
+        log.error("%s failed", request.url.path, exc_info=error)
+        known = RequestError("the server failed; its log says why", 500)
+    headers = {"Retry-After": "1"} if known.status == 429 else None
+    return JSONResponse(known.body(), known.status, headers)
+
+
+class BodyLimit:
+    """ASGI middleware: a request body above ``most`` bytes is refused with 413, by its header or as it arrives."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.most:
+            await self._refuse(scope, receive, send)
+            return
+        got, begun = 0, False
+
+        async def limited() -> Any:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self.most:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, limited, noted)
+        except _TooLarge:
+            if not begun:
+                await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import JSONResponse
+
+        message = f"the request is larger than {self.most / 1e6:g} MB; send less sound, or flac or ogg instead of wav"
+        body = RequestError(message, 413, None, "request_too_large").body()
+        await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, send)
+
+
+class _TooLarge(BaseException):
+    """Passes through the application, which would turn an Exception into its own answer."""
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(engine: Engine, host: str, port: int, page: bool = True) -> None:
+    """Serve until interrupted. OSError when the port is taken."""
+    import uvicorn
+
+    app = build(engine, page=page, hosts=LOCAL if is_local(host) else ("*",))
+    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=5)

@@ -1,0 +1,301 @@
+"""``omni-align``: recordings become soft tokens that a frozen language model reads as if their text had been spoken to it.
+
+Whisper and the language model are frozen; the projector (and the weights of the encoder's layers, where there are any) learns
+from recordings with their texts. A row is: soft tokens, BOS, text, EOS. BOS stays between them and is not predicted itself;
+every token after it is.
+
+Legend: B rows, S samples at 16 kHz, T frames, C layers, D width of the encoder, P soft tokens, L tokens, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from lalia import audio, dist
+from lalia.cache import ShardStore, whisper_store
+from lalia.data import BadRow, Row
+from lalia.system import Clock, Media, System, TensorBatch
+from lalia.systems.omni import config_align as settings
+from lalia.systems.omni import measures
+from lalia.systems.omni.certificate import IGNORED, Case, Certificate, GradientPathError, certify
+from lalia.systems.omni.foundation import build_language, describe_base, load_base
+from lalia.systems.omni.listen import RATE, Listener, describe_listener, frames_of
+from lalia.systems.omni.projector import Projector
+from lalia.systems.omni.tokenizers import tokenizer_from_dict
+
+log = logging.getLogger(__name__)
+
+OFF = "none"
+SCALE_TOKENS = 4096  # token embeddings whose size soft tokens are given
+
+
+@dataclass
+class Example:
+    """A row: ``tokens`` of its text without marks, and either ``heard`` [T, C, D] from the shards or its ``wave`` [S]."""
+
+    id: str
+    text: str
+    tokens: list[int]
+    heard: Tensor | None
+    wave: np.ndarray | None
+    samples: int
+
+
+@dataclass
+class Batch(TensorBatch):
+    """``tokens``, ``targets`` int64 [B, L] (−1 = nothing to say) with ``lengths`` [B]. ``heard`` [K, T, C, D] with
+    ``heard_lengths`` [K] of the rows that are ``known`` bool [B]; ``waves`` [B - K, S] with ``wave_lengths`` of the others."""
+
+    ids: list[str]
+    texts: list[str]
+    tokens: Tensor
+    targets: Tensor
+    lengths: Tensor
+    known: Tensor
+    heard: Tensor
+    heard_lengths: Tensor
+    waves: Tensor
+    wave_lengths: Tensor
+    audio_seconds: float = 0.0
+
+
+class Agreement:
+    """Pooled soft tokens and text embeddings of a whole validation set, and how far they agree."""
+
+    def __init__(self) -> None:
+        self.audio: list[Tensor] = []
+        self.text: list[Tensor] = []
+        self.names: list[str] = []
+
+    def add(self, audio: Tensor, text: Tensor, names: Sequence[str]) -> None:
+        self.audio.append(audio.detach().float().cpu())
+        self.text.append(text.detach().float().cpu())
+        self.names += names
+
+    def figures(self) -> dict[str, float]:
+        if not self.audio:
+            return {}
+        found = measures.agreement(torch.cat(self.audio), torch.cat(self.text), self.names)
+        return {f"align/{name}": value for name, value in found.items()}
+
+
+class OmniAlign(System):
+    """See the module. ``listener``, ``projector``, ``language`` and ``tokenizer`` are what ``omni-chat`` goes on from."""
+
+    Config = settings.Config
+    best_metric = "loss/main/text"
+    headline: ClassVar[dict[str, str]] = {"loss": "loss/main/text", "R@1": "align/retrieval@1", "CKA": "align/cka"}
+    config: settings.Config
+
+    def __init__(self, config: settings.Config, tables: Mapping[str, Any]) -> None:
+        super().__init__(config, tables)
+        self.tokenizer = tokenizer_from_dict(tables["base"]["tokenizer"])
+        self.language = build_language(tables["base"])
+        if self.tokenizer.size > self.language.vocab:
+            sizes = f"{self.tokenizer.size} tokens, the language model knows {self.language.vocab}"
+            raise ValueError(f"base: the tokenizer has {sizes}: they do not belong together")
+        self.listener = Listener(tables["listener"])
+        hidden = config.projector.hidden or 2 * self.language.width
+        self.projector = Projector(self.listener.width, self.language.width, config.projector.stack, hidden)
+        self.context, self.stack = int(self.language.context), config.projector.stack  # loader processes have no networks
+        self.store = feature_store(config, tables["listener"])
+        self.certificate: Certificate | None = None
+        self.train(self.training)
+
+    @classmethod
+    def make_tables(cls, config: Any, rows: Any) -> dict[str, Any]:
+        """The language model's architecture and tokenizer, and the encoder's. BaseError for a random language model."""
+        base = describe_base(config.base)
+        heard = config.listen
+        options = {"layers": heard.layers, "numbers": heard.numbers, "trim": heard.trim}
+        return {"base": base, "listener": describe_listener(heard.whisper, **options)}
+
+    def load_external(self) -> None:
+        self.listener.load_external(self.config.listen.whisper)
+        load_base(self.language, self.tables["base"])
+        some = torch.linspace(0, self.tokenizer.size - 1, min(SCALE_TOKENS, self.tokenizer.size)).long()
+        scale = self.projector.match(self.language.embed(some.unsqueeze(0).to(self.projector.scale.device)))
+        log.info("soft tokens have the size of token embeddings: root mean square %.3g", scale)
+
+    def train(self, mode: bool = True) -> OmniAlign:
+        super().train(mode)
+        self.language.eval()
+        return self
+
+    # --- data -------------------------------------------------------------------------------------------------------
+    def reject(self, row: Row) -> str:
+        return "no audio" if not row.audio else "" if row.text.strip() else "no text"
+
+    def prepare(self, row: Row, clock: Clock) -> Example:
+        tokens = self.tokenizer.encode(row.text.strip())
+        heard = self.store.get(row) if self.store is not None else None
+        wave = audio.read(row.audio, RATE, row.start, row.duration)[0] if heard is None else None
+        samples = len(wave) if wave is not None else round(row.duration * RATE)
+        frames = len(heard) if heard is not None else frames_of(samples)
+        if frames == 0:
+            raise BadRow("the recording has no samples")
+        size = -(-frames // self.stack) + len(tokens) + 1
+        if size > self.context:
+            raise BadRow(
+                f"too long: {-(-frames // self.stack)} soft tokens and {len(tokens) + 1} of text, the language model's context is"
+                f" {self.context}; raise projector.stack or lower data.max_seconds"
+            )
+        return Example(row.id, row.text, tokens, heard, wave, samples)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """BOS stands between recording and text; each token's target is the next one, the last one's EOS."""
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        tokens = [torch.tensor([bos, *example.tokens]) for example in examples]
+        targets = [torch.tensor([*example.tokens, eos]) for example in examples]
+        heard = [example.heard for example in examples if example.heard is not None]
+        waves = [torch.from_numpy(example.wave) for example in examples if example.wave is not None]
+        return Batch(
+            ids=[example.id for example in examples],
+            texts=[example.text for example in examples],
+            tokens=pad_sequence(tokens, batch_first=True, padding_value=bos),
+            targets=pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+            lengths=torch.tensor([len(row) for row in tokens]),
+            known=torch.tensor([example.heard is not None for example in examples]),
+            heard=pad_sequence(heard, batch_first=True) if heard else torch.zeros(0),
+            heard_lengths=torch.tensor([len(one) for one in heard], dtype=torch.long),
+            waves=pad_sequence(waves, batch_first=True) if waves else torch.zeros(0),
+            wave_lengths=torch.tensor([len(wave) for wave in waves], dtype=torch.long),
+            audio_seconds=sum(example.samples for example in examples) / RATE,
+        )
+
+    # --- hearing ----------------------------------------------------------------------------------------------------
+    def soft_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The recordings of a batch → soft tokens [B, P, W] and their lengths [B]."""
+        stored = iter([one[:n] for one, n in zip(batch.heard, batch.heard_lengths.tolist(), strict=True)])
+        fresh = iter(self.listener.hear(batch.waves, batch.wave_lengths) if len(batch.waves) else [])
+        heard = [next(stored) if known else next(fresh) for known in batch.known.tolist()]
+        return self.project(heard)
+
+    def project(self, heard: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Chosen layers [T_i, C, D] of each clip → soft tokens [B, P, W] and their lengths [B]."""
+        frames = [self.listener.mix(one.float()) for one in heard]
+        lengths = torch.tensor([len(one) for one in frames], device=frames[0].device)
+        return self.projector(pad_sequence(frames, batch_first=True), lengths)
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+    def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        with self.autocast():
+            prefix, counts = self.soft_tokens(batch)
+        if clock.training and self.certificate is None:
+            self._certify(batch, prefix, counts)
+        with self.autocast():
+            logits = self.language(batch.tokens, batch.lengths, prefix, counts)
+        if isinstance(self.meter, Agreement):
+            self.meter.add(*self._pooled(batch, prefix, counts), batch.texts)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return {"loss_text": total / dist.average((batch.targets != IGNORED).sum()).clamp_min(1)}
+
+    def _certify(self, batch: Batch, prefix: Tensor, counts: Tensor) -> None:
+        """Before the first step of this process: GradientPathError, with the reasons, when the projector could not learn."""
+        case = Case(batch.tokens, batch.targets, batch.lengths, prefix.detach(), counts)
+        self.certificate = certify(self.language, case, self.autocast_dtype)
+        if not self.certificate.ok:
+            raise GradientPathError(self.certificate.text())
+        log.info("gradient path: %s", self.certificate.text())
+
+    def _pooled(self, batch: Batch, prefix: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean soft token and mean token embedding of each row's text, [B, W] each."""
+        text = self.language.embed(batch.tokens).float()
+        inside = (torch.arange(text.shape[1], device=text.device) < batch.lengths.unsqueeze(1)).float()
+        inside[:, 0] = 0  # BOS is no word
+        words = torch.einsum("blw,bl->bw", text, inside) / inside.sum(1, keepdim=True).clamp_min(1)
+        return prefix.float().sum(1) / counts.unsqueeze(1), words
+
+    def new_meter(self) -> Agreement:
+        return Agreement()
+
+    @torch.no_grad()
+    def media(self, batch: Batch, clock: Clock) -> Media:
+        """Projected audio and text embeddings of the batch in two dimensions."""
+        if len(batch.ids) < 3:
+            return Media()
+        audio_side, text_side = self._pooled(batch, *self.soft_tokens(batch))
+        return Media(images={"alignment": measures.picture(audio_side, text_side)})
+
+    # --- capabilities -----------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def measure(self, rows: Sequence[Row], folder: str | Path) -> dict[str, float]:
+        """Retrieval@k and CKA of projected audio and text over ``rows``; ``alignment.json`` and ``.png`` in ``folder``. BadRow."""
+        self.eval()
+        seen, place = Agreement(), next(self.parameters()).device
+        for first in range(0, len(rows), self.config.decode.together):
+            some = [self.prepare(row, Clock(training=False)) for row in rows[first : first + self.config.decode.together]]
+            batch = self.collate(some).to(place)
+            with self.autocast():
+                seen.add(*self._pooled(batch, *self.soft_tokens(batch)), batch.texts)
+        return measures.write(folder, torch.cat(seen.audio), torch.cat(seen.text), seen.names)
+
+    @torch.no_grad()
+    def transcribe(self, waves: Sequence[np.ndarray], language: str = "") -> list[str]:
+        """What is said in each recording, float32 [S] at 16 kHz: greedy, through the cache, several at once.
+
+        ``language`` is not needed. ValueError names a recording without samples or too long for the language model's context.
+        """
+        self.eval()
+        texts: list[str] = []
+        for first in range(0, len(waves), self.config.decode.together):
+            texts += self._transcribe(waves[first : first + self.config.decode.together], first)
+        return texts
+
+    def _transcribe(self, waves: Sequence[np.ndarray], first: int) -> list[str]:
+        device = next(self.parameters()).device
+        for number, wave in enumerate(waves, start=first + 1):
+            soft = -(-frames_of(len(wave)) // self.stack)
+            if not 0 < soft <= self.context - 2:
+                size = f"{len(wave) / RATE:g} s, {soft} soft tokens"
+                raise ValueError(f"recording {number} has {size}; the language model's context is {self.context}")
+        tensors = [torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)) for wave in waves]
+        lengths = torch.tensor([len(wave) for wave in waves], device=device)
+        with self.autocast():
+            heard = self.listener.hear(pad_sequence(tensors, batch_first=True).to(device), lengths)
+            prefix, counts = self.project(heard)
+            limit = self.config.decode.least + int(self.config.decode.tokens_per_second * int(lengths.max()) / RATE)
+            return [self.tokenizer.decode(ids).strip() for ids in self._greedy(prefix, counts, limit)]
+
+    def _greedy(self, prefix: Tensor, counts: Tensor, limit: int) -> list[list[int]]:
+        """The most probable tokens after BOS, row by row until EOS, ``limit`` tokens or the end of the context."""
+        ends = {self.tokenizer.eos, self.tokenizer.bos}
+        said: list[list[int]] = [[] for _ in counts]
+        done = [False] * len(said)
+        bos = torch.full((len(said), 1), self.tokenizer.bos, device=prefix.device)
+        logits, cache = self.language.prefill(bos, None, prefix, counts)
+        room = min(limit, self.context - int(counts.max()) - 1)
+        for number in range(room):
+            chosen = logits[:, : self.tokenizer.size].argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                done[row] = done[row] or token in ends
+                if not done[row]:
+                    said[row].append(token)
+            if all(done) or number + 1 == room:
+                break
+            logits, cache = self.language.step(chosen, cache)
+        return said
+
+
+def feature_store(config: settings.Config, listener: Mapping[str, Any]) -> ShardStore | None:
+    """The shards that ``lalia features whisper`` filled for this encoder; None when there are none or they are switched off."""
+    data = config.data
+    if data.features == OFF or not (data.features or data.train):
+        return None
+    folder = Path(data.features) if data.features else Path(data.train[0]).parent / "features"
+    store = whisper_store(folder, listener)
+    if len(store):
+        log.info("%d recordings are heard already: %s", len(store), store.folder)
+        return store
+    log.info("no features in %s: the encoder runs at every step; `lalia features whisper` would run it once", store.folder)
+    return None

@@ -1,0 +1,103 @@
+"""Decoding of replies with the key-value cache: one streamed, or several together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lalia.systems.omni import conversation
+from lalia.systems.omni.mcq import Prompt, stack
+
+BROKEN = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def pieces(
+    language: Any, tokenizer: Any, prompt: Prompt, max_tokens: int, temperature: float, top_k: int, seed: int, autocast: Autocast
+) -> Iterator[str]:
+    """The reply to one prompt as pieces of whole characters. ``temperature`` 0 is greedy; ``top_k`` 0 does not cut.
+
+    The context bounds it: a reply ends where no place is left. ValueError for a negative temperature or count.
+    """
+    if max_tokens < 1 or temperature < 0 or top_k < 0:
+        raise ValueError(f"need max_tokens >= 1, temperature >= 0, top_k >= 0; got {max_tokens}, {temperature}, {top_k}")
+    stops, stop_text = set(conversation.stops(tokenizer)), conversation.stop_text(tokenizer)
+
+    def run() -> Iterator[str]:
+        generator = torch.Generator().manual_seed(seed)
+        said, ids = "", list[int]()
+        count = min(max_tokens, language.context - prompt.size)
+        for token in _tokens(language, prompt, count, temperature, top_k, generator, autocast):
+            if token in stops:
+                break
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if stop_text and stop_text in text:
+                text = text[: text.index(stop_text)]
+                yield from [text[len(said) :]] if len(text) > len(said) else []
+                return
+            whole = text.rstrip(BROKEN)
+            held = _overlap(whole, stop_text)  # may be the beginning of the end mark
+            whole = whole[: len(whole) - held]
+            if len(whole) > len(said):
+                yield whole[len(said) :]
+                said = whole
+        rest = tokenizer.decode(ids)[len(said) :]
+        if rest:
+            yield rest
+
+    return run()
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Longest end of ``text`` that begins ``mark``."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _tokens(
+    language: Any, prompt: Prompt, count: int, temperature: float, top_k: int, generator: torch.Generator, autocast: Autocast
+) -> Iterator[int]:
+    with torch.no_grad(), autocast():
+        logits, cache = language.prefill(*stack(language, [prompt]))
+    for number in range(count):
+        token = _choose(logits[0].float().cpu(), temperature, top_k, generator)
+        yield token
+        if number + 1 < count:
+            with torch.no_grad(), autocast():
+                logits, cache = language.step(torch.tensor([token], device=logits.device), cache)
+
+
+def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        lowest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < lowest, float("-inf"))
+    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+
+
+@torch.no_grad()
+def replies(language: Any, tokenizer: Any, prompts: Sequence[Prompt], max_tokens: int, autocast: Autocast) -> list[str]:
+    """Greedy replies to several prompts at once; each is what it would be alone, but that the longest prompt leaves the room for
+    all of them."""
+    stops, stop_text = set(conversation.stops(tokenizer)), conversation.stop_text(tokenizer)
+    room = min(max_tokens, language.context - max(prompt.size for prompt in prompts))
+    said: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    with autocast():
+        logits, cache = language.prefill(*stack(language, prompts))
+        for number in range(room):
+            chosen = logits.argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                done[row] = done[row] or token in stops
+                if not done[row]:
+                    said[row].append(token)
+            if all(done) or number + 1 == room:
+                break
+            logits, cache = language.step(chosen, cache)
+    texts = [tokenizer.decode(ids) for ids in said]
+    return [(text.split(stop_text)[0] if stop_text else text).strip() for text in texts]

@@ -1,0 +1,92 @@
+"""Configuration of ``omni-align``: the projector learns to put audio into a trained language model's words. No heavy import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lalia import sections
+from lalia.sections import ExternalModel, OptimizerConfig, ScheduleKind, Section
+
+
+@dataclass
+class ListenConfig(Section):
+    """The frozen encoder, and which of its hidden states are heard."""
+
+    whisper: ExternalModel = field(default_factory=lambda: ExternalModel(source="openai/whisper-base"))
+    layers: str = "last"  # last, index (one number), list (side by side) or weighted (a learnt sum; of all without numbers)
+    numbers: list[int] = field(default_factory=list)
+    trim: bool = False  # hear clips alone instead of in 30 s of silence, as Whisper was trained: faster, other hidden states
+
+
+@dataclass
+class ProjectorConfig(Section):
+    """Frames of 20 ms → soft tokens."""
+
+    stack: int = 4  # frames in a soft token, 1 … 8
+    hidden: int = 0  # width between the two layers; 0 = twice the language model's
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stack <= 8:
+            raise ValueError(f"projector.stack must be 1 … 8, got {self.stack}")
+        if self.hidden < 0:
+            raise ValueError(f"projector.hidden must be 0 or above, got {self.hidden}")
+
+
+@dataclass
+class DataConfig(sections.DataConfig):
+    """Recordings with their texts."""
+
+    batch_size: int = 16
+    max_seconds: float = 30.0
+    features: str = ""  # folder filled by `lalia features whisper`; empty = `features` beside the first manifest; none = off
+
+
+@dataclass
+class DecodeConfig(Section):
+    """Greedy transcription. It ends with the text's end mark, or here."""
+
+    tokens_per_second: float = 30.0
+    least: int = 32
+    together: int = 8  # recordings at once
+
+
+@dataclass
+class Weights(Section):
+    loss_text: float = 1.0  # cross-entropy of the text, nats a token
+
+
+@dataclass
+class Optimizers(Section):
+    main: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.0, schedule=ScheduleKind.constant, warmup_steps=50, clip=1.0
+        )
+    )
+
+
+@dataclass
+class TrainConfig(sections.TrainConfig):
+    epochs: int = 10
+    eval_every: int = 500
+    save_every: int = 500
+    log_every: int = 50
+    valid_batches: int = 0
+    keep: int = 2
+
+
+@dataclass
+class Config(sections.RunConfig):
+    """Everything that an ``omni-align`` run is made of.
+
+    ``base``: the run folder of ``omni-base``, or the folder of a Hugging Face causal language model.
+    """
+
+    system: str = "omni-align"
+    base: str = ""
+    listen: ListenConfig = field(default_factory=ListenConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    weights: Weights = field(default_factory=Weights)
+    optimizers: Optimizers = field(default_factory=Optimizers)
+    train: TrainConfig = field(default_factory=TrainConfig)

@@ -1,0 +1,212 @@
+"""Language models behind one contract: our own :class:`lalia.nn.gpt.Gpt`, and a Hugging Face causal language model in its place.
+
+Legend: B rows, P audio positions, L text tokens, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lalia.nn.gpt import shift_right
+from lalia.pretrained import PretrainedError, load_causal_lm, resolve
+from lalia.sections import ExternalModel
+
+
+class LanguageModel(Protocol):
+    """A decoder that takes soft tokens (audio) before its text. Rows of unlike length do not disturb each other.
+
+    ``tokens`` int64 [B, L] and ``prefix`` [B, P, W] are filled up at the end; ``lengths`` and ``prefix_lengths`` [B] say how much
+    of each row counts (None = all of it). The prefix may have any scale: the model gives it that of its token embeddings.
+    """
+
+    width: int
+    vocab: int
+    context: int
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, L] → [B, L, W], as the first layer is given them."""
+        ...
+
+    def __call__(
+        self, tokens: Tensor, lengths: Tensor | None = None, prefix: Tensor | None = None, prefix_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the text positions, float32 [B, L, V]."""
+        ...
+
+    def prefill(
+        self, tokens: Tensor, lengths: Tensor | None = None, prefix: Tensor | None = None, prefix_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Logits [B, V] after each row's last token, and the cache that :meth:`step` goes on from."""
+        ...
+
+    def step(self, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """One token [B] more for each row: logits [B, V] after it, and the cache with it."""
+        ...
+
+
+def describe_language(config: ExternalModel, offline: bool = False) -> dict[str, Any]:
+    """What :class:`HfLanguage` needs to build the network of ``config`` without its weights: JSON data for a run folder.
+
+    Raises:
+        PretrainedError: the model cannot be had, or its folder is not that of a language model.
+    """
+    folder = resolve(config.source, "language", offline, config.revision)
+    if folder is None:
+        model: Any = load_causal_lm(config)
+        settings = json.loads(model.config.to_json_string())
+    else:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _causal(settings, config.source)
+    return {"config": {key: value for key, value in settings.items() if not key.startswith("_")}}
+
+
+def _causal(settings: Mapping[str, Any], source: str) -> Any:
+    """The transformers configuration of ``settings``; PretrainedError unless it is a causal language model's."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    rest = {key: value for key, value in settings.items() if key != "model_type" and not key.startswith("_")}
+    kind = settings.get("model_type", "")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise PretrainedError(f"language.source: {source} is a {kind or 'model without a model_type'}, not a causal language model")
+    return AutoConfig.for_model(kind, **rest)
+
+
+@dataclass
+class HfCache:
+    """``past``: transformers' own cache; ``seen`` [B, T] says which positions of it count; ``used`` [B] how many of a row do."""
+
+    past: Any
+    seen: Tensor
+    used: Tensor
+    longest: int  # the greatest of ``used``, known without asking the device
+
+
+class HfLanguage(nn.Module):
+    """A Hugging Face causal language model (SmolLM2, Qwen2, Llama …) as a :class:`LanguageModel`.
+
+    Such models do not norm their embeddings, so the prefix is brought to the root mean square that this model's token embeddings
+    have on average (``scale``, taken from the table when weights are loaded).
+
+    Args:
+        description: as :func:`describe_language` makes it.
+    """
+
+    scale: Tensor
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.description = dict(description)
+        config = _causal(description["config"], "this run's language model")
+        self.model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        self.width: int = config.hidden_size
+        self.vocab: int = config.vocab_size
+        self.context: int = config.max_position_embeddings
+        self.register_buffer("scale", torch.ones(()))
+        self._measure()
+
+    def load(self, config: ExternalModel, offline: bool = False) -> None:
+        """Take the weights of ``config``, the source that the description was made of. PretrainedError when it cannot be had,
+        RuntimeError when it has other shapes."""
+        self.model.load_state_dict(load_causal_lm(config, offline).state_dict())
+        self._measure()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        table = self.model.get_input_embeddings().weight.float()
+        self.scale.copy_(table.square().mean().sqrt())
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [B, L] → [B, L, W]."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        prefix: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`LanguageModel.__call__`.
+
+        Raises:
+            ValueError: a row longer than ``context``, a prefix of another width, lengths without their values.
+        """
+        inputs = self._prompt(tokens, lengths, prefix, prefix_lengths)
+        return self.model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits.float()
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        prefix: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, HfCache]:
+        """As :meth:`LanguageModel.prefill`."""
+        inputs = self._prompt(tokens, lengths, prefix, prefix_lengths)
+        seen = inputs["attention_mask"]
+        text = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens)
+        last = text + (seen.shape[1] - tokens.shape[1] - 1)
+        kept, place = last.unique(return_inverse=True)
+        out = self.model(**inputs, use_cache=True, logits_to_keep=kept)
+        used = seen.sum(1)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return out.logits[rows, place].float(), HfCache(out.past_key_values, seen, used, int(used.max()))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, cache: HfCache) -> tuple[Tensor, HfCache]:
+        """As :meth:`LanguageModel.step`; the cache is the same object, which now counts the token."""
+        self._check_room(cache.longest + 1)
+        seen = F.pad(cache.seen, (0, 1), value=1)
+        out = self.model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=seen,
+            position_ids=cache.used.unsqueeze(1),
+            past_key_values=cache.past,
+            use_cache=True,
+        )
+        cache.past, cache.seen, cache.used, cache.longest = out.past_key_values, seen, cache.used + 1, cache.longest + 1
+        return out.logits[:, -1].float(), cache
+
+    def _prompt(
+        self, tokens: Tensor, lengths: Tensor | None, prefix: Tensor | None, prefix_lengths: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Embeddings, attention mask and positions of audio and text; shorter prefixes are moved right, to meet the text."""
+        if not tokens.shape[1]:
+            raise ValueError("a prompt needs at least one token; begin the text with the tokenizer's BOS")
+        if prefix is None and prefix_lengths is not None:
+            raise ValueError("prefix_lengths were given without a prefix")
+        embedded = self.embed(tokens)
+        if prefix is None:
+            prefix = embedded[:, :0]
+        if prefix.shape[-1] != self.width:
+            raise ValueError(f"the audio prefix is {prefix.shape[-1]} wide, the language model {self.width}")
+        start = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        if prefix_lengths is not None:
+            prefix, start = shift_right(prefix, prefix_lengths)
+        normed = F.rms_norm(prefix.to(embedded.dtype), (self.width,)) * self.scale.to(embedded.dtype)
+        embedded = torch.cat([normed, embedded], dim=1)
+        before, total = prefix.shape[1], embedded.shape[1]
+        end = torch.full_like(start, total) if lengths is None else lengths.to(start) + before
+        self._check_room(int((end - start).max()) if total > self.context else total)
+        place = torch.arange(total, device=tokens.device)
+        seen = (place >= start.unsqueeze(1)) & (place < end.unsqueeze(1))
+        positions = (place - start.unsqueeze(1)).clamp_min(0)
+        return {"inputs_embeds": embedded, "attention_mask": seen.long(), "position_ids": positions}
+
+    def _check_room(self, used: int) -> None:
+        if used > self.context:
+            raise ValueError(
+                f"{used} positions of audio and text, but the language model has a context of {self.context}: shorten the audio"
+                " or the text, or stack more frames in the projector"
+            )
