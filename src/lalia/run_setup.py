@@ -197,6 +197,15 @@ def turn_figures(turn: str, losses: dict[str, Tensor], weights: dict[str, float]
     return {**figures, f"loss/{turn}/total": torch.stack(parts).sum() if parts else torch.zeros(())}
 
 
+def backward(total: Tensor) -> torch.OutOfMemoryError | None:
+    """Back-propagate ``total``; the error when memory runs out, without its traceback, whose frames would keep the graph alive."""
+    try:
+        total.backward()
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)
+    return None
+
+
 # --- validation -----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def validate(
@@ -229,7 +238,10 @@ def validate(
 
 
 def epoch_lines(system: System, loss: float, metrics: dict[str, float]) -> list[str]:
-    """``Train Loss: …``, and ``Val …`` with the system's headline figures where they were measured."""
+    """``Train Loss: …``, and ``Val …`` with the headline figures where they were measured; nothing for a system without headline
+    figures, whose turns may be of several networks that work against each other."""
+    if not system.headline:
+        return []
     shown = [f"{label}: {metrics[name]:.3f}" for label, name in system.headline.items() if name in metrics]
     return [f"Train Loss: {loss:.4f}", *([f"Val {', '.join(shown)}"] if shown else [])]
 
