@@ -72,7 +72,8 @@ def emotion(
     if failed:
         for turn, reason in failed:
             typer.secho(f"failed: {turn}: {reason}", fg="red", err=True)
-        typer.secho(f"error: {len(failed)} turns could not be heard", fg="red", err=True)
+        turns = "1 turn" if len(failed) == 1 else f"{len(failed)} turns"
+        typer.secho(f"error: {turns} could not be heard", fg="red", err=True)
         raise typer.Exit(1)
 
 
