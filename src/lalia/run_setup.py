@@ -86,7 +86,7 @@ def prepare_run(config: RunConfig, run: RunFolder, world: dist.World, source: st
     cls = system_class(config.system)
     data = config["data"]
     rows = read_rows(data.train, "data.train", data.max_bad_fraction)
-    tables = shared_tables(run, lambda: cls.make_tables(config, rows), world)
+    tables = shared_tables(run, lambda: cls.make_tables(config, rows), world, config.dist.eval_timeout_seconds)
     torch.manual_seed(config.train.seed)
     with dist.rank_zero_first("networks"):  # external models are fetched once, not by every rank at the same time
         system = cls(config, tables).to(world.device)
@@ -115,11 +115,14 @@ def read_rows(paths: list[str], key: str, max_bad_fraction: float) -> Corpus:
     return Corpus.read(paths, max_bad_fraction)
 
 
-def shared_tables(run: RunFolder, make: Any, world: dist.World) -> dict[str, Any]:
-    """Tables of this run: those its checkpoints go with, else made by rank 0 now. The training data may grow, ids never move."""
+def shared_tables(run: RunFolder, make: Any, world: dist.World, timeout: float) -> dict[str, Any]:
+    """Tables of this run: those its checkpoints go with, else made by rank 0 now. The training data may grow, ids never move.
+
+    The other ranks wait ``timeout`` seconds at most: some tables need every recording to be heard.
+    """
     if world.is_main and not ((run.path / "tables.json").is_file() and has_sets(run.path)):
         run.write_tables(make())
-    dist.wait_for_main("tables", 600.0)
+    dist.wait_for_main("tables", timeout)
     return run.read_tables()
 
 

@@ -70,6 +70,19 @@ def test_pooled_features_are_kept_and_give_the_same_answers(folder: Path, tmp_pa
     assert not one_batch(off, rows).speech_known.any()
 
 
+def test_what_is_kept_does_not_depend_on_the_precision_of_the_run(folder: Path, tmp_path: Path) -> None:
+    make_dialogues(tmp_path / "dialogues", dialogues=1, turns=3)
+    settings = {"model.speech.kind": "wavlm", "model.speech.wavlm.source": "tiny", "model.speaker.source": "tiny"}
+    system, rows = build(tmp_path, **settings, **{"data.features": "none"})
+    batch, chosen = one_batch(system, rows), torch.arange(3)
+    with torch.no_grad():
+        expected = [system._encoded(kind, batch, chosen) for kind in ("speech", "voice")]
+        system.autocast_dtype = torch.bfloat16
+        with system.autocast():
+            found = [system._encoded(kind, batch, chosen) for kind in ("speech", "voice")]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def test_a_feature_folder_that_cannot_be_written_stops_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "file").write_text("no folder")
     settings = {"model.speaker.source": "tiny", "data.features": str(folder / "file" / "features")}

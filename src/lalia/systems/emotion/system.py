@@ -164,10 +164,12 @@ class EmotionSystem(System):
     def _from_waves(self, kind: str, waves: Tensor, lengths: Tensor) -> Tensor:
         if kind == "voice":
             assert self.voice is not None
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
                 return self.voice.embed(waves, lengths)
         assert self.model.speech is not None
-        return self.model.speech.pooled(waves, lengths)
+        # what is kept must be what a later use computes, in whatever precision the run learnt
+        with self.autocast() if self.model.speech.tuned else torch.autocast(waves.device.type, enabled=False):
+            return self.model.speech.pooled(waves, lengths)
 
     # --- learning ---------------------------------------------------------------------------------------------------
     def turns(self, batch: Batch, clock: Clock) -> Iterator[tuple[str, dict[str, Tensor]]]:
