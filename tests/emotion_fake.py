@@ -92,8 +92,8 @@ def person(name: str) -> int:
 
 
 def make_rows(folder: Path, part: str, dialogues: int = 4, turns: int = 8, session: str = "", **extra: Any) -> list[Row]:
-    """Dialogues of two speakers each with random labels in 1 … 5. One short file is the recording of every turn."""
-    path = folder / "turn.wav"
+    """Dialogues of two speakers each with random labels in 1 … 5. One short file a part is the recording of every turn."""
+    path = folder / f"{part}.wav"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, 0.1 * np.sin(np.arange(1600) / 5), 16000)

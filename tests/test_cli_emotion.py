@@ -138,11 +138,12 @@ def test_live_turns_carry_the_state_and_an_empty_line_resets_it(fake: Fake, wave
 
 def test_bad_live_lines_are_answered_and_the_dialogue_goes_on(fake: Fake, waves: list[Path], tmp_path: Path) -> None:
     bad = ["gone.wav", f"{waves[0]}\tx\t[1]", f"{waves[0]}\tx\t{{broken", f'{waves[0]}\tx\t{{"joy": 1}}', f"{waves[0]}\ta\t\tmore"]
+    bad.append(f'{waves[0]}\tx\t{{"valence": 1e999}}')
     text = "\n".join([str(waves[0]), *bad, str(waves[1])]).encode() + b"\n\xff\xfe\n"
     code, lines, output = online(tmp_path / "run", text)
-    assert code == 1 and ["error" in line for line in lines] == [False, True, True, True, True, True, False, True]
+    assert code == 1 and ["error" in line for line in lines] == [False, *[True] * 6, False, True]
     assert [line["valence"] for line in lines if "valence" in line] == [1, 2]
-    assert "gone.wav" in lines[1]["error"] and "unknown label 'joy'" in lines[4]["error"] and "6 turns could not be heard" in output
+    assert "gone.wav" in lines[1]["error"] and "unknown label 'joy'" in lines[4]["error"] and "7 turns could not be heard" in output
 
 
 ANSWERS_AT_ONCE = """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lalia import egemaps
 from lalia.config import load_run_config
+from lalia.data import Corpus, Row
 from lalia.sections import RunConfig
 from lalia.system import System, system_class
 from lalia.systems.vits2.config import Config, DecoderKind, FlowKind
@@ -15,13 +18,30 @@ from lalia.text import SymbolTable
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml", ".json"))
-VITS2 = ROOT / "configs" / "vits2"
+VITS2, EMOTION = ROOT / "configs" / "vits2", ROOT / "configs" / "emotion"
+#: external models that need no hub: folder of the configuration → overrides
+TINY = {
+    VITS2: ["discriminator.slm.source=tiny"],
+    EMOTION: ["model.speech.wavlm.source=tiny", "model.speech.whisper.source=tiny", "model.speaker.source=tiny"],
+}
+
+
+def tables_of(config: RunConfig) -> dict[str, Any]:
+    """What training would store in the run folder; of emotion on four turns, with made-up statistics of functionals."""
+    if config.system == "vits2":
+        return {"symbols": SymbolTable.from_languages(["en"]).to_dict(), "speakers": {"one": 0}}
+    rows = [Row(f"t{n}", "", labels={"valence": 1.0 + n, "arousal": 4.0 - n}, dialogue="d", turn=n) for n in range(4)]
+    with pytest.MonkeyPatch.context() as patch:
+        plain = {"mean": [0.0] * len(egemaps.NAMES), "std": [1.0] * len(egemaps.NAMES), "turns": len(rows)}
+        patch.setattr("lalia.systems.emotion.system.prosody_statistics", lambda rows, config: plain)
+        return system_class(config.system).make_tables(config, Corpus.from_rows(rows))
 
 
 def build(config: RunConfig) -> System:
-    """On the meta device: shapes without memory or arithmetic."""
-    tables = {"symbols": SymbolTable.from_languages(["en"]).to_dict(), "speakers": {"one": 0}}
-    with torch.device("meta"):
+    """The voices on the meta device: shapes without memory or arithmetic. Emotion looks at its statistics, and is small with
+    tiny encoders."""
+    tables = tables_of(config)
+    with torch.device("meta" if config.system == "vits2" else "cpu"):
         return system_class(config.system)(config, tables)
 
 
@@ -33,14 +53,13 @@ def parameters(network: torch.nn.Module) -> float:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_loads_and_builds(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
-    overrides = ["discriminator.slm.source=tiny"] if path.parent == VITS2 else []
-    config = load_run_config(path, overrides)
+    config = load_run_config(path, TINY[path.parent])
     assert config.system == path.parent.name
     assert build(config).optimizers().keys() <= set(config["optimizers"].keys())
 
 
 def vits2(name: str) -> Config:
-    config = load_run_config(VITS2 / f"{name}.yaml", ["discriminator.slm.source=tiny"])
+    config = load_run_config(VITS2 / f"{name}.yaml", TINY[VITS2])
     assert isinstance(config, Config)
     return config
 
@@ -69,3 +88,16 @@ def test_vits1_has_none_of_vits2s_additions() -> None:
     system = build(config)
     assert set(system.optimizers()) == {"d", "g"}
     assert not any("text_encoder" in name and "speaker" in name for name, _ in system.named_parameters())
+
+
+def test_the_full_size_of_emotion_names_its_models_and_the_baseline_has_no_state() -> None:
+    base, seed, tiny = (load_run_config(EMOTION / f"{name}.yaml") for name in ("base", "seed", "tiny"))
+    for config in (base, seed):
+        model = config["model"]
+        assert (model.speech.kind.value, model.speech.wavlm.source) == ("wavlm", "microsoft/wavlm-base-plus")
+        assert model.prosody and model.speaker.source == "speechbrain/spkrec-ecapa-voxceleb" and not model.speech.tuned
+    assert [c["model"].state.kind.value for c in (base, seed, tiny)] == ["mamba", "none", "ema"]
+    assert (seed["data"].batch_size, seed["train"].epochs) == (8, 50)
+    assert tiny["model"].speech.kind.value == "none" and not tiny["model"].speaker.source  # needs no model from elsewhere
+    system = build(load_run_config(EMOTION / "tiny.yaml"))
+    assert set(system.optimizers()) == {"main"} and 0.01 < parameters(system) < 1

@@ -102,6 +102,17 @@ def test_a_finished_fold_is_not_trained_again_unless_something_changed(config: P
     assert len(trained) == 7
 
 
+def test_folds_that_were_made_anew_are_not_judged_with_runs_of_the_old_ones(
+    config: Path, tmp_path: Path, trained: list[Any]
+) -> None:
+    folder, run = write_folds(tmp_path / "data"), tmp_path / "runs"
+    lalia("crossval", config, folder, "-m", run)
+    lines = (folder / "fold2" / "train.jsonl").read_text().splitlines()
+    (folder / "fold2" / "train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    said = refused("crossval", config, folder, "-m", run)
+    assert "fold2" in said and "other manifests" in said and len(trained) == FOLDS
+
+
 def test_a_stopped_fold_is_gone_on_with(
     config: Path, tmp_path: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

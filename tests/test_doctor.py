@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from factories import tiny_emotion_config
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -188,6 +189,15 @@ def test_configuration_names_every_missing_file_and_model(tmp_path: Path) -> Non
     assert report.exit_status == 1
     assert [p.split(":")[0] for p in report.problems] == ["data.train", "train.init_from", "encoder"]
     assert doctor_config(FakeConfig()).problems == ["data.train is empty: name at least one manifest"]
+
+
+def test_models_of_kinds_that_were_not_chosen_are_not_asked_for(tmp_path: Path) -> None:
+    plain = doctor_config(tiny_emotion_config(tmp_path))
+    assert plain.exit_status == 0 and [n.key for n in plain.named] == ["data.train", "data.valid"]
+    whisper = {"model.speech.kind": "whisper", "model.speech.whisper.source": "tiny", "model.state.kind": "none"}
+    report = doctor_config(tiny_emotion_config(tmp_path, **whisper))
+    assert report.exit_status == 0 and [n.key for n in report.named][2:] == ["model.speech.whisper"]
+    assert report.trainable and report.activations_from.startswith("2 clips, scaled")
 
 
 def test_environment_reports_devices_and_pip_lines() -> None:

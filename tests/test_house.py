@@ -23,8 +23,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OURS = [path for folder in ("src", "tests", "benchmarks", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, TRAINER_LINES = 400, 60, 12, 250
 #: packages of the extras; every module must import without them
-EXTRAS = ("pocketsphinx", "espeakng_loader", "modelscope", "monotonic_alignment_search", "psutil", "hypothesis", "pytest",
-          "fastapi", "starlette", "uvicorn", "gradio", "openai", "websockets")
+EXTRAS = (
+    "pocketsphinx", "espeakng_loader", "modelscope", "monotonic_alignment_search", "psutil", "hypothesis", "pytest",
+    "opensmile", "mambapy", "mamba_ssm", "fastapi", "starlette", "uvicorn", "gradio", "openai", "websockets", "peft", "accelerate",
+)  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -295,6 +297,15 @@ def test_every_system_of_the_table_is_one_folder_with_a_readme_and_configuration
     assert folders == set(SYSTEMS)
 
 
+def test_no_system_is_named_twice() -> None:
+    """A dictionary would keep the last of two without a word, so the source is read."""
+    tree = tree_of(PACKAGE / "system.py")
+    table = next(n.value for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "SYSTEMS")
+    assert isinstance(table, ast.Dict)
+    names = [key.value for key in table.keys if isinstance(key, ast.Constant)]
+    assert len(names) == len(set(names)) == len(table.keys) == len(SYSTEMS)
+
+
 # --- the table of requirements --------------------------------------------------------------------------------------
 STATUSES = {"done", "open", "partly", "later"}
 WANTED = [
@@ -302,6 +313,8 @@ WANTED = [
     *(f"V-{number:02d}" for number in range(1, 58)),
     *(f"A{number}" for number in range(1, 22)),
     *(f"R{number}" for number in range(1, 31)),
+    *(f"E-{number:02d}" for number in range(1, 25)),
+    *(f"E-T{number:02d}" for number in range(1, 20)),
 ]
 
 

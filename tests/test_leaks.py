@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lalia.data import Corpus, Row
@@ -29,6 +31,24 @@ def test_each_kind_is_found_named_and_fatal(other: Row, kind: str, names: list[s
     found = {name: getattr(leaks, name) for name in ("speakers", "sessions", "dialogues", "ids", "sentences")}
     assert {name: value for name, value in found.items() if value} == {kind: names}
     assert leaks.fatal and leaks.to_dict()["fatal"] and repr(names[0]) in leaks.text()
+
+
+def test_one_name_in_other_letters_is_one_person() -> None:
+    leaks = audit(TRAIN, [row("c", " ANN", "", "D1"), row("e", "anna")])
+    assert leaks.speakers == [" ANN"] and leaks.dialogues == ["D1"] and leaks.fatal
+
+
+def test_a_recording_with_another_id_is_found_through_links_and_by_its_stretch(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.wav").write_bytes(b"")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    (tmp_path / "file.wav").symlink_to(tmp_path / "real" / "a.wav")
+    train = [Row("one", str(tmp_path / "real" / "a.wav"), start=1.0, duration=2.0)]
+    linked = [Row("two", str(tmp_path / "folder" / "a.wav")), Row("three", str(tmp_path / "file.wav"), start=2.5, duration=9.0)]
+    leaks = audit(train, [*linked, Row("next", str(tmp_path / "file.wav"), start=3.0, duration=1.0)])
+    assert leaks.recordings == ["three", "two"] and leaks.fatal and "'three', 'two'" in leaks.text()
+    same = audit(train, train)
+    assert same.ids == ["one"] and not same.recordings
 
 
 def test_nothing_in_common_is_clean_and_says_so() -> None:

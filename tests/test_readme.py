@@ -16,25 +16,33 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lalia import cli
+from lalia import audio, cli
 from lalia.config import flatten, load_run_config
+from lalia.system import SYSTEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("src/lalia/systems/*/README.md")]
 BLOCK = re.compile(r"(<!-- test -->\n)?```bash\n(.*?)```", re.S)
 RUNNER = CliRunner()
-FILES = (".py", ".pt", ".png", ".jsonl", ".log", ".safetensors")
-#: what is added to a command so that it takes seconds; the later of two values counts
+FILES = (".py", ".pt", ".png", ".json", ".jsonl", ".csv", ".log", ".safetensors")
+VOICE, EMOTION = 0, 1  # the marked blocks
+#: beginning of a command → what is added to it so that it takes seconds; the later of two values counts
+SMALL_VOICE = [
+    "train.steps=2", "train.threads=1", "data.workers=0", "data.batch_size=2", "discriminator.start_step=1",
+    "model.width=16", "model.filter=16", "model.layers=3", "model.posterior_layers=2", "model.flows=2",
+    "model.istft={channels: 16, layers: 1}", "discriminator.channels=0.02", "train.valid_batches=1",
+]  # fmt: skip
+SMALL_EMOTION = ["train.epochs=2", "train.threads=1", "data.workers=0", "data.batch_size=2", "model.width=8"]
 SMALLER = {
-    "prepare": ["--sentences", "16", "--split", "0.5,0.25,0.25"],
-    "train": [
-        "train.steps=2", "train.threads=1", "data.workers=0", "data.batch_size=2", "discriminator.start_step=1",
-        "model.width=16", "model.filter=16", "model.layers=3", "model.posterior_layers=2", "model.flows=2",
-        "model.istft={channels: 16, layers: 1}", "discriminator.channels=0.02", "train.valid_batches=1",
-    ],
-    "evaluate": ["--limit", "1"],
-}  # fmt: skip
+    "prepare synth": ["--sentences", "16", "--split", "0.5,0.25,0.25"],
+    "prepare dialogues": ["--dialogues", "6", "--turns", "4"],
+    "doctor config configs/vits2": SMALL_VOICE,
+    "doctor config configs/emotion": SMALL_EMOTION,
+    "train configs/vits2": SMALL_VOICE,
+    "train configs/emotion": SMALL_EMOTION,
+    "evaluate runs/first": ["--limit", "1"],
+}
 
 
 @cache
@@ -42,14 +50,19 @@ def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def commands(path: Path, tested: bool | None = None) -> list[list[str]]:
-    """Words of every ``lalia …`` line in the bash blocks; ``tested``: only of the marked ones, or only of the others."""
+def blocks(path: Path, tested: bool | None = None) -> list[list[list[str]]]:
+    """Words of every ``lalia …`` command by bash block; ``tested``: only of the marked ones, or only of the others."""
     found = []
     for mark, block in BLOCK.findall(text_of(path)):
         if tested is None or bool(mark) == tested:
-            lines = [shlex.split(line.partition("|")[0], comments=True) for line in block.splitlines()]
-            found += [words[words.index("lalia") + 1 :] for words in lines if "lalia" in words and "pip" not in words]
+            lines = [shlex.split(part, comments=True) for line in block.splitlines() for part in line.split(" | ")]
+            found.append([words[words.index("lalia") + 1 :] for words in lines if "lalia" in words and "pip" not in words])
     return found
+
+
+def commands(path: Path, tested: bool | None = None) -> list[list[str]]:
+    """The commands of all blocks."""
+    return [words for block in blocks(path, tested) for words in block]
 
 
 def check_words(words: list[str]) -> None:
@@ -80,31 +93,45 @@ def test_both_languages_give_the_same_commands() -> None:
     assert commands(READMES[0]) == commands(READMES[1])
 
 
-def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The marked block, in an empty folder, with the models and corpora made tiny."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for words in commands(READMES[0], tested=True):
-        smaller = SMALLER["train"] if words[:2] == ["doctor", "config"] else SMALLER.get(words[0], [])
+def walk(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One marked block, in an empty folder, with the models and corpora made tiny."""
+    monkeypatch.chdir(folder)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for words in blocks(READMES[0], tested=True)[number]:
+        smaller = next((more for start, more in SMALLER.items() if " ".join(words).startswith(start)), [])
         result = RUNNER.invoke(cli.app, [*words, *smaller])
         told = f"lalia {shlex.join(words)}\n{result.output[-1500:]}"
         assert result.exit_code == 0, f"{told}\n{result.exception!r}"
+
+
+def python_example(number: int) -> types.ModuleType:
+    """The README's Python lines, on the run that was just made."""
+    codes = re.findall(r"```python\n(.*?)```", text_of(READMES[0]), re.S)
+    assert codes == re.findall(r"```python\n(.*?)```", text_of(READMES[1]), re.S)
+    module = types.ModuleType("readme")
+    types.FunctionType(compile(codes[number], "README.md", "exec"), module.__dict__)()
+    return module
+
+
+def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk(VOICE, tmp_path, monkeypatch)
     assert (tmp_path / "morning.wav").stat().st_size > 1000
     run = tmp_path / "runs" / "first"
     for name in ("config.yaml", "tables.json", "metrics.csv", "latest", "dataset_report.json", "eval.json", "report.html"):
         assert (run / name).exists(), name
-    python_example(run, monkeypatch)
-
-
-def python_example(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's Python lines, on the run that was just made."""
-    (code,) = re.findall(r"```python\n(.*?)```", text_of(READMES[0]), re.S)
-    assert 'checkpoint.load("runs/first")' in code
-    program = compile(code, "README.md", "exec")
-    module = types.ModuleType("readme")
-    types.FunctionType(program, module.__dict__)()
+    module = python_example(VOICE)
     assert module.speech.wave.size > 0 and module.speech.sample_rate == 16000
-    assert run.is_dir()
+
+
+def test_the_walk_through_of_emotion_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk(EMOTION, tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "emotion"
+    for name in ("config.yaml", "tables.json", "metrics.csv", "loss_curve.png", "best", "latest", "eval.json", "report.html"):
+        assert (run / name).exists(), name
+    assert len((tmp_path / "answers.csv").read_text(encoding="utf-8").splitlines()) == 1 + 2 * 4  # two dialogues of the test part
+    wave, rate = audio.read(next((tmp_path / "data" / "dialogues" / "audio").rglob("*.flac")))
+    audio.write(tmp_path / "a1.wav", wave, rate)
+    assert set(python_example(EMOTION).answer.values) == {"valence", "arousal"}
 
 
 def environment() -> dict[str, str]:
@@ -164,7 +191,8 @@ def test_messages_of_the_troubleshooting_table_are_those_of_the_program() -> Non
 
 def test_settings_named_in_the_documents_exist() -> None:
     """Every ``section.key`` in the documents; of the tables of the seeds only what stands on Lalia's side."""
-    known = {part for key in flatten(load_run_config(None, ["system=vits2"])) for part in prefixes(key)}
+    configs = [load_run_config(None, [f"system={name}"]) for name in SYSTEMS]
+    known = {part for config in configs for key in flatten(config) for part in prefixes(key)}
     sections = tuple(f"{key}." for key in known if "." not in key)
     wrong = []
     for path in DOCUMENTS:

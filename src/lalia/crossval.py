@@ -39,6 +39,7 @@ __all__ = ["CrossValidation", "Fold", "Interrupted", "audit_folds", "crossval", 
 log = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+BEGUN = "manifests.sha256"  # of the rows that the run began with
 PARTS = ("train", "valid", "test")
 SCHEMA = "crossval-1"
 
@@ -185,7 +186,16 @@ def fold_config(source: Path, overrides: Sequence[str], fold: Fold, folder: Path
 
 
 def fit_fold(config: RunConfig, run: Path, source: Path, say: Callable[[str], None]) -> None:
-    """Train, or go on, unless this configuration was trained to its end here. Interrupted when the user stops it."""
+    """Train, or go on, unless this configuration was trained to its end here.
+
+    Raises Interrupted when the user stops it, ConfigError when the folds were made anew since the run began: its weights may have
+    learnt what is tested now.
+    """
+    rows, begun = _manifests(config), run / BEGUN
+    if begun.is_file() and begun.read_text(encoding="utf-8").strip() != rows:
+        raise ConfigError(f"{run} was trained on other manifests than {run.name} has now: delete it, or name another with -m")
+    run.mkdir(parents=True, exist_ok=True)
+    write_atomic(begun, rows + "\n")
     digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
     mark = run / FINISHED
     if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")).get("config") == digest:
@@ -196,6 +206,14 @@ def fit_fold(config: RunConfig, run: Path, source: Path, say: Callable[[str], No
     if counters.interrupted:
         raise Interrupted(f"stopped in {run.name} at step {counters.step}, saved in {run}")
     write_atomic(mark, json.dumps({"config": digest, "step": counters.step}) + "\n")
+
+
+def _manifests(config: RunConfig) -> str:
+    """A digest of what the manifests of training and validation say."""
+    total = hashlib.sha256()
+    for path in (*config["data"].train, *config["data"].valid):
+        total.update(Path(path).read_bytes())
+    return total.hexdigest()
 
 
 def _judge(fold: Fold, config: RunConfig, run: Path, which: str, allow_leaks: bool, seed: int) -> EmotionEvaluation:

@@ -33,9 +33,8 @@ log = logging.getLogger(__name__)
 
 FAILURES = "failures.jsonl"
 NAME_LENGTH = 80
-EGEMAPS_RATE = 16_000  # spectral functionals depend on the rate: one rate for all recordings, in training and in use
 SAME_SECONDS = 1e-3  # manifests round durations
-EGEMAPS_RATE = 16000  # Hz; live turns are heard at this rate too, so that both give the same numbers
+EGEMAPS_RATE = 16000  # Hz; spectral functionals depend on it: one rate for all recordings and for live turns
 CHUNK = 8  # rows a worker is given at once
 #: A row that raises one of these is named and counted; anything else is a fault of the program and ends it.
 ROW_ERRORS = (ValueError, OSError)

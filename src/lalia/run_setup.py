@@ -86,7 +86,7 @@ def prepare_run(config: RunConfig, run: RunFolder, world: dist.World, source: st
     cls = system_class(config.system)
     data = config["data"]
     rows = read_rows(data.train, "data.train", data.max_bad_fraction)
-    tables = shared_tables(run, lambda: cls.make_tables(config, rows), world)
+    tables = shared_tables(run, lambda: cls.make_tables(config, rows), world, config.dist.eval_timeout_seconds)
     torch.manual_seed(config.train.seed)
     with dist.rank_zero_first("networks"):  # external models are fetched once, not by every rank at the same time
         system = cls(config, tables).to(world.device)
@@ -115,11 +115,14 @@ def read_rows(paths: list[str], key: str, max_bad_fraction: float) -> Corpus:
     return Corpus.read(paths, max_bad_fraction)
 
 
-def shared_tables(run: RunFolder, make: Any, world: dist.World) -> dict[str, Any]:
-    """Tables of this run: those its checkpoints go with, else made by rank 0 now. The training data may grow, ids never move."""
+def shared_tables(run: RunFolder, make: Any, world: dist.World, timeout: float) -> dict[str, Any]:
+    """Tables of this run: those its checkpoints go with, else made by rank 0 now. The training data may grow, ids never move.
+
+    The other ranks wait ``timeout`` seconds at most: some tables need every recording to be heard.
+    """
     if world.is_main and not ((run.path / "tables.json").is_file() and has_sets(run.path)):
         run.write_tables(make())
-    dist.wait_for_main("tables", 600.0)
+    dist.wait_for_main("tables", timeout)
     return run.read_tables()
 
 
@@ -197,6 +200,15 @@ def turn_figures(turn: str, losses: dict[str, Tensor], weights: dict[str, float]
     return {**figures, f"loss/{turn}/total": torch.stack(parts).sum() if parts else torch.zeros(())}
 
 
+def backward(total: Tensor) -> torch.OutOfMemoryError | None:
+    """Back-propagate ``total``; the error when memory runs out, without its traceback, whose frames would keep the graph alive."""
+    try:
+        total.backward()
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)
+    return None
+
+
 # --- validation -----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def validate(
@@ -229,7 +241,10 @@ def validate(
 
 
 def epoch_lines(system: System, loss: float, metrics: dict[str, float]) -> list[str]:
-    """``Train Loss: …``, and ``Val …`` with the system's headline figures where they were measured."""
+    """``Train Loss: …``, and ``Val …`` with the headline figures where they were measured; nothing for a system without headline
+    figures, whose turns may be of several networks that work against each other."""
+    if not system.headline:
+        return []
     shown = [f"{label}: {metrics[name]:.3f}" for label, name in system.headline.items() if name in metrics]
     return [f"Train Loss: {loss:.4f}", *([f"Val {', '.join(shown)}"] if shown else [])]
 

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lalia import checkpoint, dist, optim, run_setup
@@ -111,11 +110,13 @@ class Trainer:
         total = figures[f"loss/{name}/total"]
         if total.requires_grad:  # not every loss of this turn is switched off
             optimizer.zero_grad(set_to_none=True)
-            try:
-                total.backward()
-            except torch.OutOfMemoryError as error:
+            lost = run_setup.backward(total)
+            if lost is not None:
+                del total  # with the losses, the last to hold the graph: it must be gone before the turn is computed again
+                figures.clear()
+                losses.clear()
                 optimizer.zero_grad(set_to_none=True)
-                return turns.throw(error)  # type: ignore[attr-defined]  # the same turn in smaller parts, or the error again
+                return turns.throw(lost)  # type: ignore[attr-defined]  # the same turn in smaller parts, or the error again
             dist.average_gradients(parameters, self.config.dist.bucket_mb)
             norm = optim.clip_gradients(parameters, optim.section(self.config, name).clip)
             figures[f"grad_norm_{name}"] = norm

@@ -157,11 +157,14 @@ def test_manifests_of_the_run_are_found_or_asked_for(tmp_path: Path) -> None:
 
     class Config(RunConfig):
         def __getitem__(self, key: str) -> Any:
-            return type("Data", (), {"train": [str(tmp_path / "gone.jsonl")], "valid": []})()
+            return type("Data", (), {"train": [str(tmp_path / "gone.jsonl")], "valid": [str(tmp_path / "valid.jsonl")]})()
 
     with pytest.raises(ManifestError, match=r"gone.jsonl.*--train"):
         RunData.of(Config())
     assert len(RunData.of(Config(), [manifest]).train or []) == 2
+    assert RunData.of(Config(), [manifest]).valid is None
+    write_manifest(tmp_path / "valid.jsonl", make_rows(tmp_path / "audio", "valid", 1, 3))
+    assert len(RunData.of(Config(), [manifest]).valid or []) == 3, "what chose the checkpoint is audited where it is found"
     assert RunData.of(Config(), tolerant=True).train is None
 
 

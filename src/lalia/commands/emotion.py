@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ def emotion(
     if failed:
         for turn, reason in failed:
             typer.secho(f"failed: {turn}: {reason}", fg="red", err=True)
-        typer.secho(f"error: {len(failed)} turns could not be heard", fg="red", err=True)
+        turns = "1 turn" if len(failed) == 1 else f"{len(failed)} turns"
+        typer.secho(f"error: {turns} could not be heard", fg="red", err=True)
         raise typer.Exit(1)
 
 
@@ -227,11 +229,15 @@ def _live_turn(session: EmotionSession, line: bytes, dimensions: Sequence[str]) 
     return _record(session.turn(wave, rate, speaker, path, _labels(labels, dimensions)), dimensions)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _labels(text: str, dimensions: Sequence[str]) -> dict[str, float] | None:
     if not text:
         return None
     given = json.loads(text)
-    if not isinstance(given, dict) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in given.values()):
+    if not isinstance(given, dict) or not all(map(_is_number, given.values())):
         raise ValueError(f'labels are a JSON object of numbers such as {{"valence": 3.5}}, got {text}')
     unknown = [name for name in given if name not in dimensions]
     if unknown:

@@ -147,11 +147,11 @@ def prepare(
         if name not in known:
             raise CorpusError(f"`prepare {source}` has no option {name!r}{nearest(name, known)}")
     _check_shares(split)
+    if entry.options.has_folds and tuple(split) != SHARES:
+        raise CorpusError(f"`prepare {source}` makes folds of its own (folds.json), so --split does not apply")
     chosen = entry.options(out=Path(out), **options)
     chosen.out.mkdir(parents=True, exist_ok=True)
     result = entry.prepare(chosen)
-    if result.folds and tuple(split) != SHARES:
-        raise CorpusError(f"`prepare {source}` has folds of its own (folds.json), so --split does not apply")
     splits = _assign(result, split)
     _write_rejected(chosen.out / "rejected.jsonl", result.rejected)
     report = _report(source, result, splits, chosen)

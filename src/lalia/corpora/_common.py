@@ -97,6 +97,7 @@ class Options:
     """
 
     needs_text: ClassVar[bool] = True  # a clip without a plausible text is rejected
+    has_folds: ClassVar[bool] = False  # the source makes its own parts, and a share of clips for each means nothing
     keeps_silent: ClassVar[bool] = False  # a silent clip is kept, marked in ``extra`` and counted
 
     out: Path

@@ -31,6 +31,7 @@ class EmotionOptions(Options):
     """Rows need no text, may be silent and may be long. ``allow_leaks`` writes folds in which a speaker crosses."""
 
     needs_text: ClassVar[bool] = False
+    has_folds: ClassVar[bool] = True
     keeps_silent: ClassVar[bool] = True
 
     min_seconds: float = 0.1

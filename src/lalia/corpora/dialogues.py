@@ -63,6 +63,7 @@ class DialoguesOptions(Options):
     """``base``: asterisk, synth, or manifests of any corpus; the seconds limit its clips. ``languages``: of asterisk."""
 
     needs_text: ClassVar[bool] = False
+    has_folds: ClassVar[bool] = True
 
     min_seconds: float = 0.8
     max_seconds: float = 6.0

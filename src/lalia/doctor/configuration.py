@@ -85,8 +85,14 @@ def _files(config: RunConfig, settings: DataConfig) -> Iterator[Named]:
 
 
 def _models(section: Any, prefix: str) -> Iterator[Named]:
-    """Every :class:`ExternalModel` in the tree; a model of a hub counts as found when it is in the cache."""
+    """Every :class:`ExternalModel` in the tree but those that a section lists as ``unused``.
+
+    A model of a hub counts as found when it is in the cache.
+    """
+    unused = getattr(section, "unused", ())
     for item in dataclasses.fields(section):
+        if item.name in unused:
+            continue
         value, key = getattr(section, item.name), f"{prefix}{item.name}"
         if isinstance(value, ExternalModel):
             if value.source:

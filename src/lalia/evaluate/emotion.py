@@ -53,12 +53,13 @@ class RunData:
 
     @classmethod
     def of(cls, config: RunConfig, train: Sequence[str | Path] = (), tolerant: bool = False) -> RunData:
-        """The manifests named in the configuration of a run, or ``train`` where they are now.
+        """The manifests named in the configuration of a run; ``train`` where those of training are now.
 
-        ManifestError when one cannot be read; ``tolerant`` turns that into a warning and None.
+        ManifestError when one cannot be read; ``tolerant`` turns that into a warning and None, as does a given ``train`` for the
+        validation manifests, which are then likely to have moved too.
         """
         data = config["data"]
-        return cls(_read(train or data.train, "training", tolerant), _read([] if train else data.valid, "validation", tolerant))
+        return cls(_read(train or data.train, "training", tolerant), _read(data.valid, "validation", tolerant or bool(train)))
 
 
 def _read(paths: Sequence[str | Path], what: str, tolerant: bool) -> Corpus | None:

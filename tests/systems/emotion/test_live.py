@@ -28,7 +28,8 @@ def system_of(folder: Path, **overrides: object) -> EmotionSystem:
     system = EmotionSystem(config, EmotionSystem.make_tables(config, Corpus.read(config["data"].train)))  # type: ignore[arg-type]
     system.load_external()
     for parameter in system.model.head.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.constant_(system.model.answer_bias, 0.5)  # answers beyond the scale would all be its ends
     return system.eval()
 
 

@@ -1,28 +1,23 @@
-"""The system through the floor: learning, stretches, resuming, loading, labels, and what goes wrong."""
+"""The system through the floor: learning, stretches, resuming, loading, scheduled sampling."""
 
 from __future__ import annotations
 
-import logging
-import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from factories import make_dialogues, tiny_emotion_config, train_tiny_emotion
+from emotion_systems import build, one_batch, weights_of
+from factories import train_tiny_emotion
 
 from lalia import checkpoint, run_setup
-from lalia.config import ConfigError
-from lalia.data import BadRow, Corpus, ManifestError, Row
+from lalia.data import Corpus
 from lalia.dialogues import group_rows
 from lalia.loader import Loader
 from lalia.logs import read_metrics
 from lalia.nn.ccc import ccc
 from lalia.system import Clock, RecognizesEmotion, System
-from lalia.systems.emotion.config import Config, Decay, SamplingConfig
-from lalia.systems.emotion.system import EmotionSystem
-from lalia.train import train
+from lalia.systems.emotion.config import Decay, SamplingConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +26,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("emotion")
     build(made)
     return made
-
-
-def build(folder: Path, **overrides: Any) -> tuple[EmotionSystem, Corpus]:
-    config = tiny_emotion_config(folder, **overrides)
-    rows = Corpus.read(config["data"].train)
-    torch.manual_seed(0)
-    system = EmotionSystem(config, EmotionSystem.make_tables(config, rows))  # type: ignore[arg-type]
-    system.load_external()
-    return system, rows
-
-
-def one_batch(system: EmotionSystem, rows: Corpus) -> Any:
-    loader = Loader(system, rows, system.config.data, seed=0)
-    return next(loader.batches(0))
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest_set(checkpoint.RunFolder(run))
-    assert found is not None
-    return found.model()
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -171,126 +146,6 @@ def test_loaded_system_answers_as_the_saved_one_without_data_or_sources(folder: 
         assert before.id == after.id and after.values == pytest.approx(before.values, abs=1e-5)
 
 
-# --- labels -------------------------------------------------------------------------------------------------------------
-def rewritten(folder: Path, out: Path, change: Any) -> Path:
-    from lalia.data import write_manifest
-
-    rows = [row for d in group_rows(Corpus.read([folder / "dialogues" / "all.jsonl"])) for row in d]
-    for index, row in enumerate(rows):
-        change(index, row)
-    write_manifest(out, rows)
-    return out
-
-
-def test_labels_outside_the_scale_are_clipped_and_counted(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def change(index: int, row: Row) -> None:
-        row.labels["valence"] = {0: 0.5, 1: 5.5}.get(index, row.labels["valence"])
-
-    manifest = rewritten(folder, tmp_path / "out.jsonl", change)
-    config = tiny_emotion_config(folder, **{"data.train": f"[{manifest}]"})
-    with caplog.at_level(logging.WARNING, "lalia"):
-        tables = EmotionSystem.make_tables(config, Corpus.read([manifest]))
-    assert tables["labels"]["clipped"] == {"valence": 2, "arousal": 0}
-    assert "2 training labels are outside 1 … 5" in caplog.text
-    system = EmotionSystem(config, tables)  # type: ignore[arg-type]
-    assert system.prepare(Corpus.read([manifest])[0], Clock()).labels[0] == 0.0
-
-
-def test_labels_on_another_scale_are_an_error_that_names_it(folder: Path, tmp_path: Path) -> None:
-    def seven(index: int, row: Row) -> None:
-        row.labels = {name: 1.5 * value - 0.5 for name, value in row.labels.items()}
-
-    manifest = rewritten(folder, tmp_path / "seven.jsonl", seven)
-    config = tiny_emotion_config(folder, **{"data.train": f"[{manifest}]"})
-    with pytest.raises(ManifestError, match=r"outside 1 … 5 .*labels.high"):
-        EmotionSystem.make_tables(config, Corpus.read([manifest]))
-
-
-def test_a_dimension_without_any_label_is_an_error_that_names_what_there_is(folder: Path) -> None:
-    with pytest.raises(ManifestError, match="no training row has the label 'dominance'; rows have arousal, valence"):
-        build(folder, **{"labels.dimensions": "[valence, arousal, dominance]"})
-
-
-def test_unlabelled_turns_are_context_with_a_state_and_rejected_without(folder: Path, tmp_path: Path) -> None:
-    def some(index: int, row: Row) -> None:
-        if index % 3 == 0:
-            row.labels = {}
-
-    manifest = rewritten(folder, tmp_path / "some.jsonl", some)
-    paths = {"data.train": f"[{manifest}]", "data.valid": f"[{manifest}]"}
-    with_state, rows = build(folder, **paths)
-    assert not any(with_state.reject(row) for row in rows)
-    stateless, _ = build(folder, **paths, **{"model.state.kind": "none"})
-    assert sum(bool(stateless.reject(row)) for row in rows) == 6 and "no label" in stateless.reject(rows[0])
-    run = train_tiny_emotion(folder, "some", **paths, **{"train.epochs": 2})
-    assert all(math.isfinite(float(r["loss/main/total"])) for r in read_metrics(run / "metrics.csv") if r["loss/main/total"])
-
-
-def test_labels_go_through_the_model_and_come_back_in_their_units(folder: Path) -> None:
-    system, rows = build(folder)
-    row = rows[0]
-    assert system.prepare(row, Clock()).labels.tolist() == pytest.approx([(row.labels[n] - 1) / 4 for n in ("valence", "arousal")])
-    with torch.no_grad():
-        system.model.head[-1].weight.zero_()
-        system.model.head[-1].bias.copy_(torch.tensor([0.25, 1.0]))
-    assert system.recognize_emotion([[row]])[0][0].values == pytest.approx({"valence": 2.0, "arousal": 5.0})
-
-
-# --- features -------------------------------------------------------------------------------------------------------------
-def test_statistics_are_of_the_training_rows_alone(folder: Path, tmp_path: Path) -> None:
-    from lalia.data import write_manifest
-    from lalia.features import egemaps_of
-
-    rows = list(Corpus.read([folder / "dialogues" / "all.jsonl"]))
-    write_manifest(tmp_path / "few.jsonl", rows[:5])
-    config = tiny_emotion_config(folder, **{"data.train": f"[{tmp_path / 'few.jsonl'}]"})
-    tables = EmotionSystem.make_tables(config, Corpus.read(config["data"].train))
-    values = torch.stack([egemaps_of(row) for row in rows[:5]]).double()
-    assert tables["prosody"]["turns"] == 5
-    assert torch.allclose(torch.tensor(tables["prosody"]["mean"], dtype=torch.float64), values.mean(0))
-    assert (tmp_path / "features" / "egemaps").is_dir()
-
-
-def test_pooled_features_are_kept_and_give_the_same_answers(folder: Path, tmp_path: Path) -> None:
-    make_dialogues(tmp_path / "dialogues", dialogues=2, turns=3)
-    settings = {"model.speech.kind": "wavlm", "model.speech.wavlm.source": "tiny", "model.speaker.source": "tiny"}
-    system, rows = build(tmp_path, **settings)
-    system.train()
-    first = one_batch(system, rows)
-    assert not first.speech_known.any() and len(first.wave) == int(first.wave_lengths.sum()) > 0
-    chosen = torch.arange(len(first.ids))
-    fresh = system.hear(first, chosen)
-    second = one_batch(system, rows)
-    assert second.speech_known.all() and second.voice_known.all() and not len(second.wave)
-    assert torch.allclose(system.hear(second, chosen), fresh, atol=1e-5)
-    assert any((tmp_path / "dialogues" / "features").glob("speech-*/*.pt"))
-    off, _ = build(tmp_path, **settings, **{"data.features": "none"})
-    assert not one_batch(off, rows).speech_known.any()
-
-
-def test_memory_that_runs_out_in_the_backward_pass_is_answered_with_smaller_parts(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trainer throws the error into the generator; the same stretch comes again, and the weights end as if nothing was."""
-    settings = {"model.speech.kind": "wavlm", "model.speech.wavlm.source": "tiny", "model.speech.tuned": True, "train.steps": 2}
-    monkeypatch.setattr(torch.nn.functional, "dropout", lambda hidden, *_, **__: hidden)  # drawn anew when computed again
-    calm = train_tiny_emotion(folder, "calm", **settings)
-    backward, failures = torch.Tensor.backward, iter([True])
-
-    def failing(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if next(failures, False):
-            raise torch.OutOfMemoryError("out of memory")
-        backward(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "backward", failing)
-    tight = train_tiny_emotion(folder, "tight", **settings)
-    first, second = weights_of(calm), weights_of(tight)
-    assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
-    with pytest.raises(torch.OutOfMemoryError, match="data.batch_size"):
-        train_tiny_emotion(folder, "full", **settings)
-
-
 # --- scheduled sampling ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("decay", list(Decay))
 def test_the_share_of_true_labels_falls_from_start_to_end(decay: Decay) -> None:
@@ -311,69 +166,3 @@ def test_labels_are_shown_in_training_by_the_schedule_and_never_in_validation(fo
         shares.append(float(shown[batch.grid >= 0].isfinite().float().mean()))
     assert sum(shares) / len(shares) == pytest.approx(0.5, abs=0.08)
     assert system._shown_labels(batch, batch.grid, Clock(training=False)) is None
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------------
-def test_a_missing_wav_leaves_the_rest_of_the_dialogue(folder: Path, tmp_path: Path) -> None:
-    def gone(index: int, row: Row) -> None:
-        if row.id == "d0t2":
-            row.audio = str(tmp_path / "gone.wav")
-
-    manifest = rewritten(folder, tmp_path / "gone.jsonl", gone)
-    run = train_tiny_emotion(folder, "gone", **{"data.train": f"[{manifest}]"})
-    import json
-
-    report = json.loads((run / "dataset_report.json").read_text())
-    assert report["usable"] == 17 and [r["row"] for r in report["rejected"]] == ["d0t2"]
-
-
-def test_a_dialogue_of_one_turn_silence_and_a_very_long_turn(folder: Path, tmp_path: Path) -> None:
-    import numpy as np
-    import soundfile
-    from factories import make_wave
-
-    soundfile.write(tmp_path / "silence.wav", np.zeros(8000), 16000)
-    soundfile.write(tmp_path / "long.wav", np.tile(make_wave(4.0), 20), 16000)
-    soundfile.write(tmp_path / "dot.wav", np.zeros(3), 16000)
-    system, _ = build(folder, **{"model.speech.kind": "wavlm", "model.speech.wavlm.source": "tiny"})
-    for name in ("silence", "long", "dot"):
-        (answer,) = system.recognize_emotion([[Row(name, str(tmp_path / f"{name}.wav"))]])[0]
-        assert all(math.isfinite(value) for value in answer.values.values())
-
-
-def test_errors_name_the_row_and_the_way_out(folder: Path, tmp_path: Path) -> None:
-    system, _ = build(folder)
-    with pytest.raises(BadRow, match="row 'x'.*no audio"):
-        system.recognize_emotion([[Row("x")]])
-    with pytest.raises(BadRow, match="row 'x'"):
-        system.recognize_emotion([[Row("x", str(tmp_path / "none.wav"))]])
-    with pytest.raises(ValueError, match="autoregressive"):
-        system.recognize_emotion([[Row("x")]], feedback="labels")
-    with pytest.raises(ValueError, match="feedback is one of"):
-        system.recognize_emotion([[Row("x")]], feedback="teacher")
-    assert system.recognize_emotion([[]]) == [[]]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        ({"model.prosody": False}, "hear nothing"),
-        ({"model.autoregressive": True, "model.state.kind": "none"}, "needs a state"),
-        ({"model.state.tbptt": 0}, "at least 1 turn"),
-        ({"labels.low": 6}, "below labels.high"),
-        ({"labels.dimensions": "[valence, valence]"}, "different labels"),
-        ({"sampling.end": 1, "sampling.start": 0.5}, "end <= start"),
-        ({"ccc_memory": 1}, "ccc_memory"),
-        ({"data.boundaries": "[1, 2]"}, "data.boundaries"),
-    ],
-)
-def test_configurations_that_cannot_work_are_refused(folder: Path, overrides: dict[str, Any], said: str) -> None:
-    with pytest.raises((ConfigError, ValueError), match=said):
-        tiny_emotion_config(folder, **overrides)
-
-
-def test_defaults_are_those_of_the_seed() -> None:
-    config = Config()
-    assert config.data.batch_size == 8 and config.train.epochs == 50 and config.labels.dimensions == ["valence", "arousal"]
-    assert math.ceil(8031 / config.data.batch_size) == 1004
-    assert config.train.eval_epochs == 1 and train is not None

@@ -84,6 +84,11 @@ class SpeechConfig(Section):
         """The external model of the chosen kind; none for ``none``."""
         return ExternalModel() if self.kind is SpeechKind.none else self[self.kind.value]
 
+    @property
+    def unused(self) -> list[str]:
+        """The models of the kinds that were not chosen."""
+        return [kind.value for kind in SpeechKind if kind not in (SpeechKind.none, self.kind)]
+
 
 @dataclass
 class StateConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from lalia.data import BadRow, ManifestError, Row
 from lalia.system import TensorBatch
 from lalia.systems.emotion.config import Config, LabelConfig
 from lalia.systems.emotion.stores import Stores
+
+log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 #: share of labels outside the scale above which the scale is wrong, not the labels
@@ -70,6 +73,9 @@ class TurnReader:
         self.stores = Stores(config, tables)
         self.hears_speech = bool(tables.get("speech"))
         self.hears_voice = bool(config.model.speaker.source)
+        known = tables.get("prosody", {}).get("version", egemaps.VERSION)
+        if config.model.prosody and known != egemaps.VERSION:
+            log.warning("this run learnt from functionals %s, but they are %s now: train it anew", known, egemaps.VERSION)
 
     def read(self, row: Row, keep: bool = False) -> Turn:
         """Row → Turn, with what the feature folder already has; BadRow when the recording cannot be used. ``keep``: functionals
@@ -84,8 +90,7 @@ class TurnReader:
         if self.config.model.prosody and prosody is None:
             assert wave is not None
             prosody = torch.from_numpy(egemaps.functionals(wave, SAMPLE_RATE))
-            if keep:
-                self.stores.put("egemaps", row, prosody)
+            self.stores.put("egemaps", row, prosody, keep)
         seconds = row.duration or (len(wave) / SAMPLE_RATE if wave is not None else 0.0)
         labels = scaled(row.labels, self.config.labels)
         kept = torch.from_numpy(wave) if wave is not None and needs else None

@@ -35,10 +35,12 @@ class Personalizer:
         self.seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
 
     def answer(self, id: str, speaker: str, answer: Tensor, given: Mapping[str, float]) -> Emotion:
-        """``answer`` [D] on the model's scale → the corrected answer in the labels' units. A label that calibrates is learnt from
-        after the turn's own answer, which it does not change."""
+        """``answer`` [D] on the model's scale → the corrected answer in the labels' units, within their scale.
+
+        A label that calibrates is learnt from after the turn's own answer, which it does not change.
+        """
         raw = answer.double().numpy()
-        values = unscaled(torch.from_numpy(self._correct(speaker, raw)), self.labels).tolist()
+        values = unscaled(torch.from_numpy(self._correct(speaker, raw)).clamp(0, 1), self.labels).tolist()
         wanted = self.turns is None or len(self.seen[speaker]) < self.turns
         label = scaled(given, self.labels).double().numpy()
         used = wanted and bool(np.isfinite(label).any())

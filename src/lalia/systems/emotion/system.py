@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,14 @@ class CccMeter:
         values = self.moments.ccc()
         found = {f"ccc/{name}": float(value) for name, value in zip(self.dimensions, values, strict=True)}
         return found | {"ccc/mean": float(values.nanmean())}
+
+
+class Rest(NamedTuple):
+    """What the losses of a stretch need besides its own answers."""
+
+    others: Tensor  # sums [D, 6] of pairs of other ranks and earlier batches
+    scale: Tensor  # [D], of this part's gradient of the CCC
+    labelled: Tensor  # labels in this stretch, mean over the ranks
 
 
 class EmotionSystem(System):
@@ -139,8 +147,8 @@ class EmotionSystem(System):
             return stored[place[chosen]]
         fresh = self._from_waves(kind, *self._waves(batch, chosen[~here]))
         for row, value in zip([batch.rows[i] for i in chosen[~here].tolist()], fresh, strict=True):
-            if self.training:
-                self.reader.stores.put(kind, row, value)
+            # what is trained on or validated comes again; use of a run writes no file
+            self.reader.stores.put(kind, row, value, keep=self.training or self.meter is not None)
         result = fresh.new_zeros(len(chosen), *fresh.shape[1:])
         if bool(here.any()):
             result = result.index_copy(0, here.nonzero()[:, 0], stored[place[chosen[here]]].to(fresh.dtype))
@@ -156,10 +164,12 @@ class EmotionSystem(System):
     def _from_waves(self, kind: str, waves: Tensor, lengths: Tensor) -> Tensor:
         if kind == "voice":
             assert self.voice is not None
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(waves.device.type, enabled=False):
                 return self.voice.embed(waves, lengths)
         assert self.model.speech is not None
-        return self.model.speech.pooled(waves, lengths)
+        # what is kept must be what a later use computes, in whatever precision the run learnt
+        with self.autocast() if self.model.speech.tuned else torch.autocast(waves.device.type, enabled=False):
+            return self.model.speech.pooled(waves, lengths)
 
     # --- learning ---------------------------------------------------------------------------------------------------
     def turns(self, batch: Batch, clock: Clock) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -206,35 +216,34 @@ class EmotionSystem(System):
         return torch.where(chosen[..., None], batch.labels[grid.clamp_min(0)], torch.nan)
 
     def _losses(
-        self, answers: Tensor, labels: Tensor, clock: Clock, rest: tuple[Tensor, Tensor] | None
-    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Losses of the answers [N, D] of a stretch, and what of their CCC is not in it (see :meth:`_rest`), to be given again when
-        the stretch is computed a second time."""
-        answers = answers.float()
+        self, answers: Tensor, labels: Tensor, clock: Clock, rest: Rest | None
+    ) -> tuple[dict[str, Tensor], Rest]:
+        """Losses of the answers [N, D] of a stretch, and what of them is not in it (see :meth:`_rest`), to be given again when the
+        stretch is computed a second time."""
+        answers, there = answers.float(), labels.isfinite()
         if isinstance(self.meter, CccMeter):
             self.meter.moments.add(answers, labels)
         rest = self._rest(sums_of(answers.detach() - 0.5, labels - 0.5), clock) if rest is None else rest
-        others, scale = rest
-        ccc = ccc_loss(answers - 0.5, labels - 0.5, others)
-        ccc = ccc.detach() + scale * (ccc - ccc.detach())
-        there = labels.isfinite()
+        ccc = ccc_loss(answers - 0.5, labels - 0.5, rest.others)
+        ccc = ccc.detach() + rest.scale * (ccc - ccc.detach())
         errors = torch.where(there, answers - labels.nan_to_num(), torch.zeros_like(answers))
-        mse = (errors**2).sum() / dist.average(there.sum()).clamp_min(1)
+        mse = (errors**2).sum() / rest.labelled.clamp_min(1)
         untouched = 0 * self.model.answer_bias.sum()  # a graph even where there is no label
         return {"loss_ccc": ccc.mean() + untouched, "loss_mse": mse + untouched}, rest
 
-    def _rest(self, own: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        """(sums [D, 6] of pairs of other ranks and earlier batches, scale [D] of this part's gradient).
+    def _rest(self, own: Tensor, clock: Clock) -> Rest:
+        """What other ranks and earlier batches add to ``own``, the sums [D, 6] of a stretch. All ranks ask, once a stretch.
 
         The more pairs the CCC is of, the less each moves it, and gradients are averaged over ranks: the scale makes up for both,
         so that what is learnt is the CCC of the pairs of this step, with statistics of all.
         """
-        here = dist.average(own) * dist.world().size
+        mean = dist.average(own)
+        here = mean * dist.world().size
         memory = self.ccc_memory.clone() if clock.training else torch.zeros_like(here)
         if clock.training:
             self.ccc_memory.copy_(self.config.ccc_memory * (memory + here))
         scale = dist.world().size * (here + memory)[:, 0] / here[:, 0].clamp_min(1)
-        return here - own + memory, scale
+        return Rest(here - own + memory, scale, mean[:, 0].sum())
 
     def new_meter(self) -> CccMeter:
         return CccMeter(self.dimensions)
