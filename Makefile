@@ -1,5 +1,6 @@
 # Lalia. `make` lists the targets. Each one makes .venv itself, once.
 # PYTHON: the Python (3.10 or newer) that .venv is made from.  PIP_ARGS: more arguments for pip, such as an index of CPU builds.
+# MODEL, PORT: what `make serve` serves, and where.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -9,9 +10,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.lalia-installed
 EXTRAS := dev,asr,synth,bench,serve
+MODEL ?= runs/demo
+PORT ?= 7860
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo serve test check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## real speech -> trained voice -> speech you can play, and runs/demo/report.html (about 15 minutes)
 	@$(RUN) -m lalia demo --install-seconds "$$(cat $(STAMP))"
+
+serve: setup ## a trained run (MODEL=runs/demo) as a web page and OpenAI's routes on http://127.0.0.1:7860 (PORT=7860)
+	@$(RUN) -m lalia serve $(MODEL) --port $(PORT)
 
 test: setup check ## style, types and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2

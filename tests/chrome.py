@@ -30,11 +30,13 @@ FLAGS = [
 
 
 class Page:
-    """One tab. ``requests``: addresses asked for so far; ``messages``: what the page wrote to its console, errors included."""
+    """One tab. ``requests``: number → address asked for so far; ``refused``: addresses that the page's own policy forbade;
+    ``messages``: what the page wrote to its console, errors included."""
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.number = socket, 0
-        self.requests: list[str] = []
+        self.requests: dict[str, str] = {}
+        self.refused: set[str] = set()
         self.messages: list[str] = []
         for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
             self.call(f"{domain}.enable")
@@ -53,7 +55,9 @@ class Page:
     def _event(self, message: dict[str, Any]) -> None:
         method, given = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
-            self.requests.append(given["request"]["url"])
+            self.requests[given["requestId"]] = given["request"]["url"]
+        elif method == "Network.loadingFailed" and given.get("blockedReason") == "csp":
+            self.refused.add(self.requests.pop(given["requestId"], ""))
         elif method == "Runtime.exceptionThrown":
             self.messages.append(json.dumps(given["exceptionDetails"]))
         elif method == "Log.entryAdded":

@@ -6,17 +6,22 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from factories import tiny_vits2_config
 
-from lalia.data import BadRow
+from lalia import checkpoint
+from lalia import config as configuration
+from lalia.data import BadRow, Corpus
+from lalia.runfolder import RunFolder
 from lalia.sections import RunConfig
 from lalia.serve.app import build
 from lalia.serve.engine import Engine
 from lalia.serve.limits import Limits
-from lalia.system import Message, System
+from lalia.system import Message, System, system_class
 
 CONTEXT, RECORDINGS = 400, 2
 
@@ -66,6 +71,20 @@ class Fake(System):
         if language not in ("", "en"):
             raise BadRow(f"unknown language {language!r}; the model knows en")
         return [f"{len(wave) / 16000:.2f} seconds, peak {np.abs(wave).max():.1f}" for wave in waves]
+
+
+def write_voice(folder: Path) -> Path:
+    """A run folder of a tiny ``vits2`` with random weights: its voice is noise, and it is there in a second."""
+    config = tiny_vits2_config(folder)
+    system = system_class("vits2")
+    tables = system.make_tables(config, Corpus.read(config["data"].train))
+    run = folder / "voice"
+    run.mkdir()
+    configuration.save(config, run / "config.yaml")
+    RunFolder(run).write_tables(tables)
+    torch.manual_seed(0)
+    checkpoint.save_set(run, 1, system(config, tables).state_dict(), {})
+    return run
 
 
 @contextlib.contextmanager

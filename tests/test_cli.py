@@ -22,8 +22,11 @@ from lalia.commands.shared import program, split_overrides
 from lalia.config import save
 from lalia.corpora import SOURCES, CorpusUnavailable
 
-COMMANDS = ["prepare", "features", "doctor", "train", "speak", "chat", "serve", "emotion", "evaluate", "crossval", "config", "demo"]
-GROUPS = {"doctor": "data", "features": "egemaps"}  # command → one of its own commands
+COMMANDS = [
+    "prepare", "features", "doctor", "train", "smoke", "speak", "chat", "serve", "emotion", "evaluate", "crossval", "config",
+    "convert", "demo",
+]  # fmt: skip
+GROUPS = {"doctor": "data", "features": "egemaps", "convert": "nanochat"}  # command → one of its own commands
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,36 @@ import pytest
 import torch
 
 from lalia import egemaps
-from lalia.config import load_run_config
+from lalia.config import flatten, load_run_config
 from lalia.data import Corpus, Row
+from lalia.nn.gpt import GptConfig
 from lalia.sections import RunConfig
-from lalia.system import System, system_class
+from lalia.system import SYSTEMS, System, system_class
+from lalia.systems.omni.tokenizers import ByteTokenizer
 from lalia.systems.vits2.config import Config, DecoderKind, FlowKind
 from lalia.text import SymbolTable
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml", ".json"))
-VITS2, EMOTION = ROOT / "configs" / "vits2", ROOT / "configs" / "emotion"
-#: external models that need no hub: folder of the configuration → overrides
+VITS2, EMOTION, OMNI = (ROOT / "configs" / name for name in ("vits2", "emotion", "omni"))
+#: external models that need no hub: system → overrides
 TINY = {
-    VITS2: ["discriminator.slm.source=tiny"],
-    EMOTION: ["model.speech.wavlm.source=tiny", "model.speech.whisper.source=tiny", "model.speaker.source=tiny"],
+    "vits2": ["discriminator.slm.source=tiny"],
+    "emotion": ["model.speech.wavlm.source=tiny", "model.speech.whisper.source=tiny", "model.speaker.source=tiny"],
+    "omni-smoke": ["listen.whisper.source=tiny"],
+    "omni-base": [],
+    "omni-align": ["listen.whisper.source=tiny"],
+    "omni-chat": [],
 }
 
 
 def tables_of(config: RunConfig) -> dict[str, Any]:
-    """What training would store in the run folder; of emotion on four turns, with made-up statistics of functionals."""
+    """What training would store in the run folder; of emotion on four turns, with made-up statistics of functionals; of omni's
+    later stages with a small base of bytes."""
     if config.system == "vits2":
         return {"symbols": SymbolTable.from_languages(["en"]).to_dict(), "speakers": {"one": 0}}
+    if config.system.startswith("omni-"):
+        return omni_tables(config)
     rows = [Row(f"t{n}", "", labels={"valence": 1.0 + n, "arousal": 4.0 - n}, dialogue="d", turn=n) for n in range(4)]
     with pytest.MonkeyPatch.context() as patch:
         plain = {"mean": [0.0] * len(egemaps.NAMES), "std": [1.0] * len(egemaps.NAMES), "turns": len(rows)}
@@ -37,11 +47,27 @@ def tables_of(config: RunConfig) -> dict[str, Any]:
         return system_class(config.system).make_tables(config, Corpus.from_rows(rows))
 
 
+def omni_tables(config: RunConfig) -> dict[str, Any]:
+    tokenizer = ByteTokenizer().to_dict()
+    if config.system == "omni-base":
+        return {"tokenizer": tokenizer}  # without its texts no BPE can be trained
+    if config.system == "omni-smoke":
+        return system_class(config.system).make_tables(config, None)
+    if config.system == "omni-align":
+        shape = GptConfig(depth=2, vocab=257, aspect=16, head_width=16, context=128)
+        base = {"kind": "gpt", "language": asdict(shape), "tokenizer": tokenizer, "origin": "", "step": 1}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lalia.systems.omni.align.describe_base", lambda name: base)
+            return system_class(config.system).make_tables(config, None)
+    aligned = load_run_config(OMNI / "align-tiny.yaml", TINY["omni-align"])
+    return {"align": {"system": aligned.system, "config": flatten(aligned), "tables": omni_tables(aligned)}}
+
+
 def build(config: RunConfig) -> System:
-    """The voices on the meta device: shapes without memory or arithmetic. Emotion looks at its statistics, and is small with
-    tiny encoders."""
+    """The voices, and the GPT at full size, on the meta device: shapes without memory or arithmetic. The others look at numbers,
+    and are small with tiny encoders."""
     tables = tables_of(config)
-    with torch.device("meta" if config.system == "vits2" else "cpu"):
+    with torch.device("meta" if config.system in ("vits2", "omni-base") else "cpu"):
         return system_class(config.system)(config, tables)
 
 
@@ -53,13 +79,13 @@ def parameters(network: torch.nn.Module) -> float:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_loads_and_builds(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
-    config = load_run_config(path, TINY[path.parent])
-    assert config.system == path.parent.name
+    config = load_run_config(path, TINY[load_run_config(path).system])
+    assert f".{path.parent.name}." in SYSTEMS[config.system]
     assert build(config).optimizers().keys() <= set(config["optimizers"].keys())
 
 
 def vits2(name: str) -> Config:
-    config = load_run_config(VITS2 / f"{name}.yaml", TINY[VITS2])
+    config = load_run_config(VITS2 / f"{name}.yaml", TINY["vits2"])
     assert isinstance(config, Config)
     return config
 
@@ -101,3 +127,13 @@ def test_the_full_size_of_emotion_names_its_models_and_the_baseline_has_no_state
     assert tiny["model"].speech.kind.value == "none" and not tiny["model"].speaker.source  # needs no model from elsewhere
     system = build(load_run_config(EMOTION / "tiny.yaml"))
     assert set(system.optimizers()) == {"main"} and 0.01 < parameters(system) < 1
+
+
+def test_the_stages_of_omni_name_each_other_and_no_base_is_random() -> None:
+    smoke, base, align, chat = (load_run_config(OMNI / f"{name}.yaml") for name in ("smoke", "base", "align", "chat"))
+    assert smoke["checks"].initial == pytest.approx(5.549, abs=1e-3) and smoke["model"].depth == 6
+    assert base["model"].depth == 12 and base["tokenizer"].kind == "bpe"
+    assert align["base"] == "runs/base" and chat["model"].lora.rank == 16 and not chat["align"]
+    for name in ("align", "align-tiny"):
+        assert load_run_config(OMNI / f"{name}.yaml")["listen"].whisper.source == "openai/whisper-base"
+    assert parameters(build(load_run_config(OMNI / "base-tiny.yaml"))) < 5

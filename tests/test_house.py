@@ -285,16 +285,33 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_every_configuration_loads(path: Path) -> None:
-    assert load_run_config(path).system == path.parent.name
+    name = load_run_config(path).system
+    folder, stage = home_of(name)
+    assert folder == path.parent.name
+    assert not stage or path.stem in (stage, f"{stage}-tiny")
+
+
+def home_of(name: str) -> tuple[str, str]:
+    """Folder and stage of a system: ("vits2", "") of ``vits2``, ("omni", "base") of ``omni-base``.
+
+    The folder is that of its module in the table. Systems of several stages are named after folder and stage.
+    """
+    folder = slice_of(SYSTEMS[name].partition(":")[0])
+    assert name == folder or name.startswith(f"{folder}-")
+    return folder, name[len(folder) + 1 :]
 
 
 def test_every_system_of_the_table_is_one_folder_with_a_readme_and_configurations() -> None:
+    homes = {home_of(name) for name in SYSTEMS}
+    assert len(homes) == len(SYSTEMS)
     for name in SYSTEMS:
         assert issubclass(system_class(name), System)
-        assert (PACKAGE / "systems" / name / "README.md").is_file()
-        assert (ROOT / "configs" / name / "tiny.yaml").is_file()
-    folders = {path.parent.name for path in (PACKAGE / "systems").glob("*/__init__.py")}
-    assert folders == set(SYSTEMS)
+    for folder, stage in homes:
+        assert (PACKAGE / "systems" / folder / "README.md").is_file()
+        configs = ROOT / "configs" / folder
+        assert any((configs / f"{file}.yaml").is_file() for file in ([f"{stage}-tiny", stage] if stage else ["tiny"]))
+        assert not stage or (PACKAGE / "systems" / folder / f"{stage}.py").is_file()
+    assert {path.parent.name for path in (PACKAGE / "systems").glob("*/__init__.py")} == {folder for folder, _ in homes}
 
 
 def test_no_system_is_named_twice() -> None:
@@ -315,6 +332,8 @@ WANTED = [
     *(f"R{number}" for number in range(1, 31)),
     *(f"E-{number:02d}" for number in range(1, 25)),
     *(f"E-T{number:02d}" for number in range(1, 20)),
+    *(f"O-{number:02d}" for number in range(1, 23)),
+    *(f"O-T{number:02d}" for number in range(1, 18)),
 ]
 
 

@@ -26,7 +26,7 @@ DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*
 BLOCK = re.compile(r"(<!-- test -->\n)?```bash\n(.*?)```", re.S)
 RUNNER = CliRunner()
 FILES = (".py", ".pt", ".png", ".json", ".jsonl", ".csv", ".log", ".safetensors")
-VOICE, EMOTION = 0, 1  # the marked blocks
+VOICE, EMOTION, OMNI = 0, 1, 2  # the marked blocks
 #: beginning of a command → what is added to it so that it takes seconds; the later of two values counts
 SMALL_VOICE = [
     "train.steps=2", "train.threads=1", "data.workers=0", "data.batch_size=2", "discriminator.start_step=1",
@@ -34,6 +34,10 @@ SMALL_VOICE = [
     "model.istft={channels: 16, layers: 1}", "discriminator.channels=0.02", "train.valid_batches=1",
 ]  # fmt: skip
 SMALL_EMOTION = ["train.epochs=2", "train.threads=1", "data.workers=0", "data.batch_size=2", "model.width=8"]
+SMALL_OMNI = [
+    "train.steps=12", "train.threads=1", "listen.hidden=32", "model.depth=2", "model.aspect=32", "model.head_width=32",
+    "optimizers.main.adamw_lr=3e-4",
+]  # fmt: skip
 SMALLER = {
     "prepare synth": ["--sentences", "16", "--split", "0.5,0.25,0.25"],
     "prepare dialogues": ["--dialogues", "6", "--turns", "4"],
@@ -41,6 +45,7 @@ SMALLER = {
     "doctor config configs/emotion": SMALL_EMOTION,
     "train configs/vits2": SMALL_VOICE,
     "train configs/emotion": SMALL_EMOTION,
+    "smoke": SMALL_OMNI,
     "evaluate runs/first": ["--limit", "1"],
 }
 
@@ -134,6 +139,11 @@ def test_the_walk_through_of_emotion_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(python_example(EMOTION).answer.values) == {"valence", "arousal"}
 
 
+def test_the_smoke_run_of_omni_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk(OMNI, tmp_path, monkeypatch)
+    assert (tmp_path / "runs" / "sines" / "smoke.json").exists()
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
@@ -193,7 +203,7 @@ def test_settings_named_in_the_documents_exist() -> None:
     """Every ``section.key`` in the documents; of the tables of the seeds only what stands on Lalia's side."""
     configs = [load_run_config(None, [f"system={name}"]) for name in SYSTEMS]
     known = {part for config in configs for key in flatten(config) for part in prefixes(key)}
-    sections = tuple(f"{key}." for key in known if "." not in key)
+    sections = tuple({f"{key.partition('.')[0]}." for config in configs for key in flatten(config) if "." in key})
     wrong = []
     for path in DOCUMENTS:
         lines = text_of(path).splitlines()

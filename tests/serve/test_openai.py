@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from factories import make_wave, train_tiny_run, write_container
-from serve_fake import Fake, served
+from factories import make_wave, write_container
+from serve_fake import Fake, served, write_voice
 
 from lalia import checkpoint
 from lalia.serve.limits import Limits
@@ -221,8 +221,8 @@ def test_models(client: Any) -> None:
     assert error_of(lambda: client.models.retrieve("other"), 404)["code"] == "model_not_found"
 
 
-def test_speech_of_a_trained_voice(tmp_path: Path) -> None:
-    with served(checkpoint.load(train_tiny_run(tmp_path)), Limits(seconds=1, characters=200)) as at:
+def test_speech_of_a_voice(tmp_path: Path) -> None:
+    with served(checkpoint.load(write_voice(tmp_path)), Limits(seconds=1, characters=200)) as at:
         voice = client_of(at).audio.speech
 
         def say(text: str = "Alpha.", **more: Any) -> Any:
@@ -230,11 +230,13 @@ def test_speech_of_a_trained_voice(tmp_path: Path) -> None:
 
         sound, rate = soundfile.read(io.BytesIO(say(voice="default").content))
         again, _ = soundfile.read(io.BytesIO(say(response_format="flac").content))
-        bare, fast = say(response_format="pcm"), say(response_format="pcm", speed=4)
+        bare, fast = say(response_format="pcm"), say("Alpha bravo charlie.", response_format="pcm", speed=4)
+        slow = say("Alpha bravo charlie.", response_format="pcm", speed=0.5)
         assert rate == 16000 and len(sound) > 1000 and np.abs(sound).max() > 0
         assert np.array_equal(sound, again)  # the default voice is the first, s0
-        assert bare.response.headers["x-sample-rate"] == "16000" and len(bare.content) == 2 * len(sound)
-        assert 0 < len(fast.content) < len(bare.content)
+        assert bare.response.headers["x-sample-rate"] == "16000"
+        assert np.array_equal(np.frombuffer(bare.content, "<i2"), (sound * 32768).astype(np.int16))
+        assert 0 < len(fast.content) < len(slow.content)
         assert "this run has s0, s1" in error_of(lambda: say(voice="alloy"), 400)["message"]
         assert "mp3" in error_of(lambda: say(response_format="mp3"), 400)["message"]
         assert "201 characters" in error_of(lambda: say("a" * 201), 400)["message"]

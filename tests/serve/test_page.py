@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
@@ -18,6 +20,7 @@ chrome = pytest.importorskip("chrome", reason="the extra 'dev' installs websocke
 MISSING = [name for name in ("gradio", "fastapi") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"the extra 'serve' installs {', '.join(MISSING)}"),
+    pytest.mark.slow,
     pytest.mark.skipif(not chrome.PROGRAM, reason="no chromium on this machine (Debian: apt-get install chromium)"),
 ]
 LAST = "(document.querySelector('#history')?.innerText ?? '')"
@@ -72,7 +75,7 @@ def test_a_file_is_heard_and_the_history_goes_on(page: chrome.Page, system: Fake
 
 def test_the_microphone_is_recorded(page: chrome.Page, system: Fake) -> None:
     page.wait("!document.querySelector('#sound audio')")
-    page.run("document.querySelector('#sound [aria-label=\"Record audio\"], #sound button[title=\"Record audio\"]')?.click()")
+    page.run('document.querySelector(\'#sound [aria-label="Record audio"], #sound button[title="Record audio"]\')?.click()')
     page.wait("document.querySelector('#sound .record-button')")
     page.run("document.querySelector('#sound .record-button').click()")
     page.run("new Promise(done => setTimeout(done, 1500))")
@@ -90,7 +93,40 @@ def test_an_error_is_told_in_the_history(page: chrome.Page) -> None:
     page.wait(f"{LAST}.includes('the context of the model has 400')")
 
 
+def test_stop_ends_the_decoding_and_new_forgets(page: chrome.Page, system: Fake) -> None:
+    write(page, " ".join(f"far{number}" for number in range(200)))  # ten seconds of answer
+    page.wait(f"{LAST}.split('far3').length > 2")
+    ended = system.closed
+    page.run("document.querySelector('#stop').click()")
+    end = time.monotonic() + 5
+    while system.closed == ended and time.monotonic() < end:
+        time.sleep(0.05)
+    assert system.closed == ended + 1
+    assert page.run(f"{LAST}.split('far199').length") == 2  # in the question only
+    page.run("document.querySelector('#new').click()")
+    page.wait(f"!{LAST}.includes('far')")
+    write(page, "fresh")
+    page.wait(f"{LAST}.split('fresh').length === 3")
+    assert [message.text for message in system.asked[-1]] == ["fresh"]
+    if wanted := os.environ.get("LALIA_SCREENSHOT"):
+        page.screenshot(Path(wanted))
+
+
+def test_the_buttons_of_the_history(page: chrome.Page, system: Fake) -> None:
+    names = page.run("[...document.querySelectorAll('#history button, #sound button')].map(b => b.ariaLabel ?? b.title).join('|')")
+    assert "share" not in names.lower(), names
+    page.run("document.querySelector('#history button[aria-label*=\"clear\" i]').click()")
+    page.wait(f"!{LAST}.includes('fresh')")
+    page.run("new Promise(done => setTimeout(done, 500))")
+    write(page, "![cat](http://evil.example/cat.png) <img src='http://evil.example/dog.png'> tail")
+    page.wait(f"{LAST}.split('tail').length === 3")
+    assert len(system.asked[-1]) == 1  # what the button cleared, the model is not told either
+    page.wait("document.querySelectorAll('#history img[src*=evil]').length >= 2")
+    page.run("new Promise(done => setTimeout(done, 200))")
+    assert page.refused >= {"http://evil.example/cat.png", "http://evil.example/dog.png"}
+
+
 def test_nothing_was_asked_of_another_host(page: chrome.Page) -> None:
     page.run("1")
-    hosts = {urlparse(address).hostname for address in page.requests if address.startswith(("http", "ws"))}
+    hosts = {urlparse(address).hostname for address in page.requests.values() if address.startswith(("http", "ws"))}
     assert hosts == {"127.0.0.1"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,10 +46,19 @@ def chat(
     system.for_inference()
     settings = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     start = [Message("system", system_text)] if system_text else []
-    if text is not None or (waves and not sys.stdin.isatty()):
-        answer(system, [*start, Message("user", text or "", waves)], settings)
+    if text is not None:
+        answer(system, [*start, Message("user", text, waves)], settings)
         return
-    talk(system, sys.stdin, start, waves, settings)
+    talk(system, lines_of(sys.stdin), start, waves, settings)
+
+
+def lines_of(source: Iterable[str]) -> Iterator[str]:
+    """The lines of ``source``; one empty line where it has none, so that a recording alone is answered."""
+    line = None
+    for line in source:
+        yield line
+    if line is None:
+        yield ""
 
 
 def answer(system: Replies, messages: list[Message], settings: dict[str, Any]) -> str:

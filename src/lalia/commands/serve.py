@@ -13,7 +13,7 @@ from lalia.commands.shared import DEVICE_HELP, WHICH_HELP, load_system, run_root
 def serve(
     run: Annotated[Path, typer.Argument(help="Run folder, or one of its step-… folders.")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 7860,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 7860,
     name: Annotated[str, typer.Option(help="Name of the model for clients; the run folder's if absent.")] = "",
     page: Annotated[bool, typer.Option("--page/--no-page", help="With or without the page to talk to.")] = True,
     max_upload_mb: Annotated[float, typer.Option(help="Largest request.")] = 25.0,
@@ -39,6 +39,7 @@ def serve(
 
     app.require_packages()
     limits = Limits(max_upload_mb, max_seconds, max_recordings, max_tokens, waiting=max_waiting)
+    listener = app.listen(host, port)  # a taken port is told before the model is loaded
     system = load_system(run, which, device)
     engine = Engine(system, name or run_root(run).resolve().name, limits)
     if not engine.capabilities:
@@ -46,6 +47,6 @@ def serve(
     system.for_inference()
     if not app.is_local(host):
         typer.secho(f"warning: {host} lets other machines in, and nobody is asked for a password", fg="yellow", err=True)
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     typer.echo(f"{engine.name} ({', '.join(engine.capabilities)}) at {where}; stop with Ctrl-C")
-    app.run(engine, host, port, page)
+    app.run(engine, listener, host, page)

@@ -149,6 +149,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each of the normed input and added to it. Positions [B, T, W] → [B, T, W]."""
+
     def __init__(self, config: GptConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)

@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import ipaddress
 import logging
+import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -69,6 +71,7 @@ def build(engine: Engine, *, page: bool = True, hosts: Sequence[str] = ("*",)) -
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(ValueError, _failed)
     app.add_exception_handler(HTTPException, _failed)
+    app.add_middleware(OwnContent)
     app.add_middleware(BodyLimit, most=engine.limits.upload_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     if page:
@@ -136,6 +139,25 @@ class BodyLimit:
         await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, send)
 
 
+class OwnContent:
+    """ASGI middleware: browsers load nothing from another host (a picture that an answer names would be fetched from there), and
+    no other site may show the page in a frame."""
+
+    POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; form-action 'self'"
+    HEADERS = ((b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"))
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *self.HEADERS]
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
 class _TooLarge(BaseException):
     """Passes through the application, which would turn an Exception into its own answer."""
 
@@ -150,9 +172,30 @@ def is_local(host: str) -> bool:
         return False
 
 
-def run(engine: Engine, host: str, port: int, page: bool = True) -> None:
-    """Serve until interrupted. OSError when the port is taken."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at ``host`` and ``port`` (0 = a free one), so that a port that cannot be had is told before a model
+    is loaded. OSError says why not."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise OSError(f"--host {host}: no such address ({error.strerror})") from error
+    held = socket.socket(family, kind)
+    try:
+        if os.name == "posix":  # elsewhere the option lets two programs have one port
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(address)
+        held.listen(CONNECTIONS)
+    except OSError as error:
+        held.close()
+        raise OSError(f"cannot listen at {host} port {port} ({error.strerror}); --port takes another, 0 a free one") from error
+    return held
+
+
+def run(engine: Engine, listener: socket.socket, host: str, page: bool = True) -> None:
+    """Serve what comes to ``listener``, which :func:`listen` made for ``host``, until Ctrl-C or SIGTERM."""
     import uvicorn
 
     app = build(engine, page=page, hosts=LOCAL if is_local(host) else ("*",))
-    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=5)
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended in order
+        uvicorn.Server(config).run([listener])

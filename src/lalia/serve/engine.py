@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -74,11 +74,15 @@ class Engine:
             def work() -> None:
                 if gone.is_set():
                     return
-                with contextlib.closing(start()) as source:  # type: ignore[type-var]
+                source = start()
+                try:
                     for item in source:
                         if gone.is_set():
                             return
                         put(item)
+                finally:
+                    if isinstance(source, Generator):
+                        source.close()
 
             done = self.worker.submit(work)
             done.add_done_callback(lambda _: put(END))

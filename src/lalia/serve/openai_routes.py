@@ -199,14 +199,20 @@ class Routes:
         return Response(encode(spoken, kind), media_type=SOUNDS[kind], headers=headers)
 
 
+def to_16_bit(wave: np.ndarray) -> np.ndarray:
+    """float [S] in [-1, 1] → int16 [S]."""
+    return np.rint(np.clip(wave, -1, 1) * 32767).astype(np.int16)
+
+
 def encode(speech: Speech, kind: str) -> bytes:
     """16-bit ``wav``, ``flac`` or bare ``pcm`` of a speech."""
     import soundfile
 
+    samples = to_16_bit(speech.wave)  # here, since soundfile rounds differently for each format
     if kind == "pcm":
-        return (np.clip(speech.wave, -1, 1) * 32767).astype("<i2").tobytes()
+        return samples.astype("<i2").tobytes()
     held = io.BytesIO()
-    soundfile.write(held, np.clip(speech.wave, -1, 1), speech.sample_rate, format=kind.upper(), subtype="PCM_16")
+    soundfile.write(held, samples, speech.sample_rate, format=kind.upper(), subtype="PCM_16")
     return held.getvalue()
 
 

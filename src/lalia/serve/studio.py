@@ -15,6 +15,7 @@ import numpy as np
 
 from lalia.serve.engine import Engine
 from lalia.serve.limits import RequestError, refusal
+from lalia.serve.openai_routes import to_16_bit
 from lalia.serve.uploads import RATE, wave_of
 from lalia.system import Message, SpeakRequest
 
@@ -39,9 +40,9 @@ class Studio:
         held = Path(path).resolve()
         if not held.is_relative_to(self.folder) or not held.is_file():
             raise RequestError("the recording is gone from the server; record it again", 400, "audio")
-        if held.stat().st_size > self.engine.limits.upload_bytes:
-            raise RequestError(f"the recording is larger than {self.engine.limits.upload_mb:g} MB", 413, "audio")
         try:
+            if held.stat().st_size > self.engine.limits.upload_bytes:
+                raise RequestError(f"the recording is larger than {self.engine.limits.upload_mb:g} MB", 413, "audio")
             return wave_of(held.read_bytes(), self.engine.limits, held.name)
         finally:
             held.unlink(missing_ok=True)
@@ -99,8 +100,7 @@ class Studio:
             if known is None:
                 raise
             return None, f"⚠️ {known}"
-        samples = (np.clip(spoken.wave, -1, 1) * 32767).astype(np.int16)
-        return (spoken.sample_rate, samples), "; ".join(spoken.notes)
+        return (spoken.sample_rate, to_16_bit(spoken.wave)), "; ".join(spoken.notes)
 
 
 def mount(app: FastAPI, engine: Engine, folder: Path) -> FastAPI:
@@ -135,8 +135,20 @@ def mount(app: FastAPI, engine: Engine, folder: Path) -> FastAPI:
 
 def _talk(gr: Any, studio: Studio) -> None:
     told = gr.State(list, time_to_live=KEPT_SECONDS)
-    history = gr.Chatbot(label="Conversation", height=300, elem_id="history", group_consecutive_messages=False)
-    sound = gr.Audio(label="Record or choose a sound", sources=["microphone", "upload"], type="filepath", elem_id="sound")
+    history = gr.Chatbot(
+        label="Conversation",
+        height=300,
+        elem_id="history",
+        group_consecutive_messages=False,
+        buttons=["copy", "copy_all"],  # Gradio's own choice has a button that sends the conversation to another host
+    )
+    sound = gr.Audio(
+        label="Record or choose a sound",
+        sources=["microphone", "upload"],
+        type="filepath",
+        elem_id="sound",
+        buttons=["download"],
+    )
     text = gr.Textbox(label="Question", placeholder="Ask about the recording, or just send it", lines=1, elem_id="question")
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send")
@@ -152,12 +164,13 @@ def _talk(gr: Any, studio: Studio) -> None:
     asked = [send.click(**work), text.submit(**work)]
     stop.click(fn=None, cancels=asked, api_visibility="private")
     new.click(fn=lambda: ([], [], "", None), outputs=work["outputs"], cancels=asked, api_visibility="private")
+    history.clear(fn=list, outputs=told, cancels=asked, api_visibility="private")
 
 
 def _speak(gr: Any, studio: Studio) -> None:
     text = gr.Textbox(label="Text to speak", lines=3, elem_id="words")
     speaker = gr.Textbox(label="Speaker", placeholder="the first of the run", elem_id="speaker")
     button = gr.Button("Speak", variant="primary", elem_id="speak")
-    player = gr.Audio(label="Speech", interactive=False, format="wav", elem_id="spoken")
+    player = gr.Audio(label="Speech", interactive=False, format="wav", elem_id="spoken", buttons=["download"])
     note = gr.Markdown(elem_id="note")
     button.click(studio.say, [text, speaker], [player, note], api_visibility="private", show_progress="hidden")

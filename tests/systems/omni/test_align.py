@@ -117,13 +117,16 @@ def test_only_the_projector_learns(folder) -> None:
 
 def test_it_learns_which_clip_says_what(folder) -> None:
     """Two rows whose texts begin alike for a text model: only listening tells them apart."""
+    torch.manual_seed(0)
     system = OmniAlign(config(folder), OmniAlign.make_tables(config(folder), None))
     system.load_external()
     rows = rows_of(folder)[:2]
     batch = batch_of(system, rows)
     optimizer = torch.optim.Adam(system.optimizers()["main"], 0.01)
-    for _ in range(150):
+    for _ in range(400):
         loss = system.losses(batch, Clock())["loss_text"]
+        if loss.item() < 0.05:
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

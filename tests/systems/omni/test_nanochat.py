@@ -135,21 +135,27 @@ def test_folders_that_are_no_checkpoint(model: Gpt, tmp_path: Path) -> None:
 
 
 class Mischief:
+    """Unpickling it would make the file ``trace``."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return eval, ("open('/tmp/lalia-was-here', 'w')",)
+        return eval, (f"open({self.trace!r}, 'w')",)
 
 
 def test_pickles_are_refused_with_the_way_out(model: Gpt, tmp_path: Path) -> None:
     folder = write(tmp_path / "base_checkpoints" / "d3", nanochat_names(model))
+    mischief = pickle.dumps(Mischief(trace := tmp_path / "was-here"))
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(Mischief()))
+    (tmp_path / "tokenizer" / "tokenizer.pkl").write_bytes(mischief)
     for given in ("", str(tmp_path / "tokenizer" / "tokenizer.pkl")):
         with pytest.raises(NanochatError, match=r"tokenizer\.pkl is a pickled object.*was not.*python -c .*tokenizer\.tiktoken"):
             convert(folder, tmp_path / "run", tokenizer=given)
-    (folder / "model_000007.pt").write_bytes(pickle.dumps(Mischief()))
+    (folder / "model_000007.pt").write_bytes(mischief)
     with pytest.raises(UnsafePickle, match="eval"):
         convert(folder, tmp_path / "run", tokenizer="byte")
-    assert not Path("/tmp/lalia-was-here").exists() and not (tmp_path / "run").exists()
+    assert not trace.exists() and not (tmp_path / "run").exists()
 
 
 def merged(word: bytes, known: dict[bytes, int]) -> list[int]:

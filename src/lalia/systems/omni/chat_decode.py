@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lalia.systems.omni import conversation
 from lalia.systems.omni.mcq import Prompt, stack
+from lalia.systems.omni.sampling import choose
 
 BROKEN = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -64,20 +64,11 @@ def _tokens(
     with torch.no_grad(), autocast():
         logits, cache = language.prefill(*stack(language, [prompt]))
     for number in range(count):
-        token = _choose(logits[0].float().cpu(), temperature, top_k, generator)
+        token = choose(logits[0], temperature, top_k, generator)
         yield token
         if number + 1 < count:
             with torch.no_grad(), autocast():
                 logits, cache = language.step(torch.tensor([token], device=logits.device), cache)
-
-
-def _choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        lowest = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < lowest, float("-inf"))
-    return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
 
 
 @torch.no_grad()
