@@ -21,6 +21,7 @@ from lalia import checkpoint
 from lalia.config import load_run_config
 from lalia.data import Corpus, Row
 from lalia.dialogues import group_rows
+from lalia.features import egemaps_of, egemaps_store, extract, recordings
 from lalia.nn.ccc import Moments
 from lalia.train import train
 
@@ -64,6 +65,9 @@ def prepare() -> None:
         from lalia.corpora import prepare
 
         prepare("dialogues", CORPUS)
+    heard = extract(recordings([CORPUS / "test.jsonl"]), egemaps_store(CORPUS / "features" / "egemaps"), egemaps_of)
+    if heard.failed:
+        raise SystemExit(f"{len(heard.failed)} test turns could not be heard, the first: {heard.failed[0]}")
 
 
 def fit(scratch: Path, options: Sequence[str], seed: int) -> Any:
