@@ -7,7 +7,6 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from rich.console import Console
 
 from lalia import logs
 from lalia.logs import Logs, MetricsTable, Progress, curve_groups, read_metrics
+from lalia.system import Media
 
 
 def cells(path: Path, name: str) -> list[str]:
@@ -85,13 +85,13 @@ def events(folder: Path) -> Any:
 
 def test_tensorboard_has_train_and_eval_apart_with_pictures_and_sounds(tmp_path: Path) -> None:
     picture = np.zeros((20, 30, 3), dtype=np.uint8)
-    media = SimpleNamespace(images={"all/mel": picture}, audio={"gen/audio_0_1": (np.full(800, 2.0, np.float32), 8000)})
+    media = Media(images={"all/mel": picture}, audio={"gen/audio_0_1": (np.full(800, 2.0, np.float32), 8000)})
     with Logs(tmp_path) as record:
         record.scalars(1, {"loss/g/total": torch.tensor(2.0, requires_grad=True), "lr": 0.5}, epoch=3)
         record.scalars(1, {"mel": 0.25}, split="eval")
-        record.media(1, media)  # type: ignore[arg-type]
+        record.media(1, media)
         with pytest.raises(ValueError, match="uint8"):
-            record.media(1, SimpleNamespace(images={"x": picture[0]}, audio={}))  # type: ignore[arg-type]
+            record.media(1, Media(images={"x": picture[0]}))
     train, evaluation = events(tmp_path), events(tmp_path / "eval")
     assert sorted(train.Tags()["scalars"]) == ["loss/g/total", "lr"]
     assert evaluation.Tags()["scalars"] == ["mel"] and evaluation.Tags()["audio"] == ["gen/audio_0_1"]
