@@ -71,7 +71,7 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, script: str, seconds: float = 20.0) -> None:
+    def wait(self, script: str, seconds: float = 90.0) -> None:
         """Until an expression is true for the page; an element is, once it is there."""
         end = time.monotonic() + seconds
         while not self.run(f"!!({script})"):

@@ -84,7 +84,7 @@ def test_the_microphone_is_recorded(page: chrome.Page, system: Fake) -> None:
         page.run("new Promise(done => setTimeout(done, 4000))")
         asked = len(system.asked)
         write(page, "recorded")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while len(system.asked) == asked and time.monotonic() < end:
             time.sleep(0.1)
         if len(system.asked) > asked and system.asked[-1][-1].audio:
@@ -104,7 +104,7 @@ def test_stop_ends_the_decoding_and_new_forgets(page: chrome.Page, system: Fake)
     page.wait(f"{LAST}.split('far3').length > 2")
     ended = system.closed
     page.run("document.querySelector('#stop').click()")
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while system.closed == ended and time.monotonic() < end:
         time.sleep(0.05)
     assert system.closed == ended + 1
