@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +213,47 @@ def test_environment_reports_devices_and_pip_lines() -> None:
     assert report.disk_free_gb > 0
     assert missing_extras(lambda module: module != "pocketsphinx") == {"asr": "pip install 'lalia[asr]'"}
     assert missing_extras(lambda module: True) == {}
+
+
+def test_environment_tells_the_mirrors_in_force_and_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(("PIP_", "HF_", "LALIA_")) or name.endswith("_MS_ID")]:
+        monkeypatch.delenv(name)
+    plain = doctor_env().mirrors
+    assert (plain["Hugging Face"], plain["network"]) == ("https://huggingface.co", "allowed")
+    assert (plain["ModelScope first"], plain["packages"]) == ("no (WHISPER_MS_ID and its like)", "as pip is configured")
+    given = {
+        "HF_ENDPOINT": "https://me:secret1@mirror.example/hf/?token=secret2", "WHISPER_MS_ID": "mirror/whisper-base",
+        "WAVLM_MS_ID": "mirror/wavlm", "PIP_INDEX_URL": "https://user:secret3@pip.example/simple", "HF_TOKEN": "secret4",
+        "PIP_ARGS": "--extra-index-url https://cpu.example/simple?key=secret5 -q", "LALIA_CACHE": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    report = doctor_env()
+    assert report.mirrors == {
+        "Hugging Face": "https://***@mirror.example/hf/ (HF_ENDPOINT)",
+        "ModelScope first": "WAVLM_MS_ID=mirror/wavlm, WHISPER_MS_ID=mirror/whisper-base",
+        "packages": "PIP_INDEX_URL=https://***@pip.example/simple, PIP_ARGS=--extra-index-url https://cpu.example/simple -q",
+        "model cache": f"{tmp_path} (LALIA_CACHE)",
+        "network": "models from folders and caches alone (HF_HUB_OFFLINE)",
+    }
+    written = io.StringIO()
+    show(report, Console(file=written, width=200))
+    text = written.getvalue()
+    assert "mirrors" in text and "https://***@mirror.example/hf/ (HF_ENDPOINT)" in text and "WHISPER_MS_ID=mirror/whisper" in text
+    assert "secret" not in text + json.dumps(report.to_dict())
+    monkeypatch.setenv("LALIA_OFFLINE", "true")
+    assert doctor_env().mirrors["network"] == "forbidden (LALIA_OFFLINE)"
+
+
+def test_mirrors_are_read_in_one_module() -> None:
+    root = Path(doctor_env.__code__.co_filename).parents[1]
+    readers = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if re.search(r"environ[^\n]*(HF_|_MS_ID|PIP_)", path.read_text(encoding="utf-8"))
+    }
+    assert readers <= {"pretrained/sources.py", "cli.py"}, readers  # cli.py only sets HF_HUB_OFFLINE
 
 
 def test_reports_print(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lalia.pretrained import (
     cache_folder,
     ct2,
     describe,
+    load_causal_lm,
     load_wavlm,
     load_whisper,
     resolve,
@@ -348,6 +349,26 @@ def test_a_folder_with_half_the_weights_is_refused(tmp_path):
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(PretrainedError, match="layers.1.attention.q_proj"):
         load_wavlm(ExternalModel(str(tmp_path)))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_loading_draws_no_bars_and_leaves_the_setting_as_it_was(tmp_path, monkeypatch, capfd, wanted):
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", wanted)
+    monkeypatch.setattr(transformers_logging.hf_hub_utils, "enable_progress_bars", lambda: None)
+    monkeypatch.setattr(transformers_logging.hf_hub_utils, "disable_progress_bars", lambda: None)
+    load_causal_lm(TINY).save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_causal_lm(ExternalModel(str(tmp_path)))
+    assert "%|" not in capfd.readouterr().err and transformers_logging.is_progress_bar_enabled() is wanted
+    LlamaForCausalLM.from_pretrained(tmp_path)
+    assert ("%|" in capfd.readouterr().err) is wanted  # what would be drawn otherwise
+    with pytest.raises(PretrainedError):
+        (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+        load_causal_lm(ExternalModel(str(tmp_path)))
+    assert transformers_logging.is_progress_bar_enabled() is wanted
 
 
 class Malice:

@@ -226,6 +226,16 @@ def whisper_store(folder: str | Path, description: Mapping[str, Any]) -> ShardSt
     return ShardStore(Path(folder) / f"whisper-{version}", "whisper", version)
 
 
+def whisper_widths(folder: str | Path) -> list[str]:
+    """``whisper-… of width D`` for each filled folder that :func:`whisper_store` has made under ``folder``. CacheError."""
+    found = []
+    for path in sorted(Path(folder).glob("whisper-*")):
+        store = ShardStore(path, "whisper", path.name.removeprefix("whisper-"))
+        if len(store):
+            found.append(f"{path.name} of width {store.array(next(iter(store.entries))).shape[-1]}")
+    return found
+
+
 # --- filling --------------------------------------------------------------------------------------------------------
 def fill(
     rows: Iterable[Row],

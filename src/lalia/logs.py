@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from lalia.system import Media
+    from lalia.wandb_log import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +109,15 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 class Logs:
     """The written record of one rank of a run; close it, or use it as a context manager.
 
-    Call :meth:`resume_at` before the first figures when the run goes on from an earlier step.
+    Call :meth:`resume_at` before the first figures when the run goes on from an earlier step. ``tracker``, where there is one, is
+    told all figures and media too.
     """
 
     def __init__(self, run: str | os.PathLike[str], rank: int = 0) -> None:
         self.run, self.rank, self.resume_step = Path(run), rank, 0
         self.run.mkdir(parents=True, exist_ok=True)
         self._writers: dict[str, SummaryWriter] = {}
+        self.tracker: WandbRun | None = None
         self.console = Console()
         self._handlers = self._attach()
         self._table: MetricsTable | None = None
@@ -123,10 +126,10 @@ class Logs:
     def __enter__(self) -> Logs:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.close(failed=kind is not None)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
@@ -136,6 +139,9 @@ class Logs:
             handler.close()
         self._handlers.clear()
         logging.captureWarnings(False)
+        if self.tracker is not None:
+            self.tracker.finish(failed)
+            self.tracker = None
 
     def flush(self) -> None:
         """Hand what TensorBoard still holds to the system; ``metrics.csv`` is always up to date."""
@@ -157,6 +163,8 @@ class Logs:
         for name, value in plain.items():
             writer.add_scalar(name, value, step)
         self._open_table().add(step, split, {"epoch": epoch, **plain})
+        if self.tracker is not None:
+            self.tracker.scalars(step, plain, split, epoch)
 
     def media(self, step: int, media: Media, split: str = EVAL) -> None:
         """Pictures (uint8 [height, width, 3]), sounds (float32 [S] in [-1, 1]) and texts for TensorBoard. Rank 0 only."""
@@ -176,6 +184,8 @@ class Logs:
             writer.add_text(name, text, step)
             log.info("step %d, %s: %r", step, name, text)
         writer.flush()
+        if self.tracker is not None:
+            self.tracker.media(step, media, split)
 
     def epoch(self, epoch: int, step: int, waste: float = 0.0, lines: Sequence[str] = ()) -> None:
         """What sums up an epoch, in the log of every rank. ``waste``: share of padding in its batches."""
@@ -320,11 +330,7 @@ class Progress:
         self.close()
 
     def update(
-        self,
-        step: int,
-        audio_seconds: float | None = None,
-        waste: float | None = None,
-        **fields: float | Tensor | None,
+        self, step: int, audio_seconds: float | None = None, waste: float | None = None, **fields: float | Tensor | None
     ) -> None:
         """After a step, or with news of one. Fields stay on show until they change; tensors are read only when shown.
 

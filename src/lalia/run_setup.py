@@ -180,7 +180,11 @@ def initial_weights(config: RunConfig, system: System) -> None:
     if not given & wanted:
         names = ", ".join(sorted(wanted))
         raise ConfigError(f"train.init_from={config.train.init_from} has none of {names}: these are weights of something else")
-    report = checkpoint.partial_load(system, tensors, allow=[f"{name}.*" for name in given ^ wanted])
+    try:
+        report = checkpoint.partial_load(system, tensors, allow=[f"{name}.*" for name in given ^ wanted])
+    except checkpoint.WeightsMismatch as error:
+        advice = "Networks of one name must have the same sizes: take the sizes and external models of that run's config.yaml"
+        raise checkpoint.WeightsMismatch(f"train.init_from={config.train.init_from}: {error}\n{advice}", error.report) from error
     if wanted - given:
         log.warning("%s has no %s: these start fresh", config.train.init_from, ", ".join(sorted(wanted - given)))
     log.info("weights from %s: %s", config.train.init_from, report.text())

@@ -163,6 +163,8 @@ class TrainConfig(Section):
     tf32: bool = True
     matmul_precision: str = "high"
     sdp_backends: list[str] = field(default_factory=list)  # e.g. [flash, efficient, math]; empty = torch's choice
+    wandb: bool = False  # also tell Weights & Biases (extra wandb) figures, pictures and sounds
+    wandb_project: str = ""  # empty = lalia-<system>
 
 
 @dataclass

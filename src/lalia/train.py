@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lalia import checkpoint, dist, optim, run_setup
+from lalia import checkpoint, dist, optim, run_setup, wandb_log
 from lalia.checkpoint import RunFolder
 from lalia.counters import Counters, Window
 from lalia.logs import Logs, Progress
@@ -220,8 +220,9 @@ def train(config: RunConfig, run_path: str | Path, source: str | Path | None = N
     """Train ``config`` in the folder ``run_path``, or go on where that folder stands.
 
     ``source`` is the configuration file, of which the folder gets a copy. Raises RunLocked when another process trains
-    there, DamagedCheckpoint, ConfigError, ManifestError, NonFiniteLoss.
+    there, DamagedCheckpoint, ConfigError, ManifestError, NonFiniteLoss, WandbError.
     """
+    wandb_log.require(config.train)
     world = dist.start(config.dist, config.train.device)
     run = RunFolder(run_path)
     try:
@@ -235,6 +236,7 @@ def train(config: RunConfig, run_path: str | Path, source: str | Path | None = N
             logs.resume_at(counters.step)
             dist.wait_for_main("setup")  # it has more to do than the others, and a collective would not wait so long
             dist.assert_same_weights(setup.system)
+            logs.tracker = wandb_log.begin(config, run.path) if world.is_main else None
             result = Trainer(config, run, setup, logs, counters).fit()
             dist.wait_for_main("end")
             dist.assert_same_weights(setup.system)

@@ -101,7 +101,7 @@ def test_an_error_is_told_in_the_history(page: chrome.Page) -> None:
 
 def test_stop_ends_the_decoding_and_new_forgets(page: chrome.Page, system: Fake) -> None:
     write(page, " ".join(f"far{number}" for number in range(200)))  # ten seconds of answer
-    page.wait(f"{LAST}.split('far3').length > 2")
+    page.wait(f"{LAST}.split(/far3\\b/).length > 2")
     ended = system.closed
     page.run("document.querySelector('#stop').click()")
     end = time.monotonic() + 60
@@ -109,6 +109,13 @@ def test_stop_ends_the_decoding_and_new_forgets(page: chrome.Page, system: Fake)
         time.sleep(0.05)
     assert system.closed == ended + 1
     assert page.run(f"{LAST}.split('far199').length") == 2  # in the question only
+    page.run("new Promise(done => setTimeout(done, 500))")
+    write(page, "afterwards")
+    page.wait(f"{LAST}.split('afterwards').length === 3")
+    question, partial, later = system.asked[-1][-3:]
+    assert question.text.endswith("far199") and partial.role == "assistant" and partial.text.startswith("far0 far1 far2")
+    assert question.text.startswith(partial.text) and later.text == "afterwards"
+    assert partial.text in page.run(LAST).split("far199", 1)[1]  # what the model was told is what stands there
     page.run("document.querySelector('#new').click()")
     page.wait(f"!{LAST}.includes('far')")
     write(page, "fresh")

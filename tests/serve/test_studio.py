@@ -13,7 +13,7 @@ from serve_fake import Fake
 
 from lalia.serve.engine import Engine
 from lalia.serve.limits import Limits, RequestError
-from lalia.serve.studio import Studio
+from lalia.serve.studio import UNANSWERED, Studio, settled
 from lalia.system import Message, SpeakRequest, Speech, System
 
 
@@ -77,7 +77,73 @@ def test_errors_stand_in_the_history_and_are_not_told_to_the_model(studio: Studi
         assert history[-1]["content"].startswith("⚠️") and said in history[-1]["content"] and told == []
         assert all(message["content"] != "…" for message in history)
     full = [Message("user", "", [make_wave(0.1)] * 3)]
-    assert "3 recordings" in ask(studio, "more", None, [], full)[-1][0][-1]["content"]
+    page = [{"role": "user", "content": "🎤"}]
+    assert "3 recordings" in ask(studio, "more", None, page, full)[-1][0][-1]["content"]
+
+
+def stopped(studio: Studio, text: str, after: int, shown: Any = (), told: Any = ()) -> tuple[Any, Any]:
+    """The page and what the model is told when somebody stops the answer after so many updates of the page."""
+
+    async def some() -> tuple[Any, Any]:
+        answer = studio.ask(text, None, list(shown), list(told))
+        for _ in range(after):
+            history, known, *_ = await anext(answer)
+        await answer.aclose()  # type: ignore[attr-defined]
+        return list(map(dict, history)), known
+
+    return asyncio.run(some())
+
+
+def in_parts(history: Any) -> Any:
+    """The history as Gradio hands it back."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in history]
+
+
+@pytest.mark.parametrize("after", [2, 3, 4])
+def test_a_stopped_answer_is_told_as_far_as_it_is_on_the_page(studio: Studio, after: int) -> None:
+    first = ask(studio, "before")[-1]
+    history, told = stopped(studio, "one two three", after, *first[:2])
+    assert [m["content"] for m in settled(in_parts(history), told)[-1:]] == [history[-1]["content"]]
+    page = in_parts(settled(history, told))
+    said = "one two three"[: (3, 7, 13)[after - 2]]
+    assert page[-1]["content"][0]["text"] == said
+    later = ask(studio, "then", None, page, told)[-1]
+    heard = [(message.role, message.text) for message in studio.engine.system.asked[-1]]
+    assert heard[2:] == [("user", "one two three"), ("assistant", said), ("user", "then")]
+    assert [(message.role, message.text) for message in later[1]] == [*heard, ("assistant", "then")]
+
+
+def test_a_piece_that_was_told_and_did_not_arrive_is_shown(studio: Studio) -> None:
+    history, _ = stopped(studio, "one two three", 2)
+    _, told = stopped(studio, "one two three", 3)
+    assert settled(history, told)[-1]["content"] == told[-1].text == "one two"
+
+
+def test_a_question_stopped_before_its_answer_is_marked_and_not_told(studio: Studio) -> None:
+    history, told = stopped(studio, "lost", 1, *ask(studio, "before")[-1][:2])
+    assert settled(history, told)[-1]["content"] == UNANSWERED and settled(settled(history, told), told) == settled(history, told)
+    page = ask(studio, "next", None, in_parts(history), told)[-1][0]
+    assert [message.text for message in studio.engine.system.asked[-1]] == ["before", "before", "next"]
+    assert page[3]["content"] == UNANSWERED
+
+
+def test_an_error_in_the_middle_keeps_what_was_said(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(messages: Any, **_: Any) -> Any:
+        yield "half"
+        raise RequestError("no more")
+
+    monkeypatch.setattr(studio.engine.system, "reply", broken)
+    history, told, *_ = ask(studio, "say")[-1]
+    assert [message["content"] for message in history] == ["say", "half", "⚠️ no more"]
+    assert [message.text for message in told] == ["say", "half"] and settled(history, told) == history
+
+
+def test_an_emptied_page_and_an_empty_answer(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(studio, "fresh", None, [], ask(studio, "old")[-1][1])
+    assert [message.text for message in studio.engine.system.asked[-1]] == ["fresh"]
+    monkeypatch.setattr(studio.engine.system, "reply", lambda messages, **_: iter(()))
+    history, told, *_ = ask(studio, "silence")[-1]
+    assert history[-1]["content"] == "∅" and told[-1].text == "" and settled(history, told) == history
 
 
 def test_a_model_that_only_transcribes_or_speaks(studio: Studio) -> None:

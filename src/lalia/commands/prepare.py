@@ -42,8 +42,11 @@ def prepare(
     metadata: Annotated[str | None, typer.Option(help="folder: the table of texts.")] = None,
     root: Annotated[str | None, typer.Option(help="list: folder the paths are relative to.")] = None,
     sentences: Annotated[int | None, typer.Option(help="synth: how many.")] = None,
-    voice: Annotated[list[str] | None, typer.Option(help="synth: an espeak-ng voice; may be repeated.")] = None,
-    words_per_minute: Annotated[int | None, typer.Option(help="synth: pace.")] = None,
+    engine: Annotated[str | None, typer.Option(help="synth: espeak or flite.")] = None,
+    voice: Annotated[list[str] | None, typer.Option(help="synth: a voice of the engine; may be repeated.")] = None,
+    words_per_minute: Annotated[int | None, typer.Option(help="synth: pace of espeak.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="synth: manifest or .txt to speak; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="synth: manifest not to speak; may be repeated.")] = None,
     base: Annotated[
         list[str] | None,
         typer.Option(help="dialogues: asterisk, synth, manifest. instructions: manifests, folders.", rich_help_panel=EMOTION),

@@ -67,7 +67,7 @@ SOURCES: dict[str, Source] = {
     "folder": Source(prepare_folder, FolderOptions, "audio with .txt or .lab files beside it, or a metadata table"),
     "jsonl": Source(prepare_jsonl, Options, "any JSONL manifest, examined and split again"),
     "list": Source(prepare_filelist, FilelistOptions, "wav|speaker|language|text lists of the VITS family"),
-    "synth": Source(prepare_synth, SynthOptions, "robotic speech made here by espeak-ng; needs nothing but pip"),
+    "synth": Source(prepare_synth, SynthOptions, "speech made here by espeak-ng (pip) or flite, of any texts"),
     "ljspeech": Source(prepare_ljspeech, Options, "the LJSpeech folder: metadata.csv and wavs/"),
     "librispeech": Source(prepare_librispeech, Options, "LibriSpeech folders: speaker/chapter/*.trans.txt"),
     "text": Source(prepare_text, TextOptions, "plain text for language models: Debian packages of prose, or your files"),

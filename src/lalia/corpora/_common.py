@@ -21,6 +21,7 @@ from rich.progress import track
 
 from lalia import audio
 from lalia.data import Row
+from lalia.features import file_name
 
 if TYPE_CHECKING:
     from lalia.corpora.folds import Folds
@@ -250,14 +251,6 @@ def text_units(text: str) -> int:
         elif character.isalpha():
             units += 1
     return units
-
-
-def file_name(identifier: str) -> str:
-    """A file name for any id, equal to the id when that is safe, unlike that of any other id otherwise."""
-    safe = re.sub(r"[^\w.-]+", "_", identifier).lstrip(".")[:80]
-    if safe == identifier:
-        return safe
-    return f"{safe}-{hashlib.blake2b(identifier.encode(), digest_size=4).hexdigest()}"
 
 
 def path_id(path: Path, root: Path) -> str:

@@ -1,8 +1,21 @@
-"""English sentences for synthetic speech, written for Lalia: free to use, varied in length, sounds and kind."""
+"""Sentences for synthetic speech: English ones written for Lalia, free to use, varied in length, sounds and kind; and those of
+given texts, of which only what can be read aloud without guessing is taken: plain words, no numbers, no abbreviations."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lalia.corpora._common import CorpusError, Rejected, broken, lines
+from lalia.corpora._documents import contents, reflow
+from lalia.corpora._questions import plain
 
 WRITTEN = """
 The old lighthouse keeper counted the ships as they passed.
@@ -96,3 +109,168 @@ def _fill(source: random.Random) -> str:
     subject, place, time = source.choice(SUBJECTS), source.choice(PLACES), source.choice(TIMES)
     first_big = {"S": subject.capitalize(), "P": place.capitalize(), "T": time[0].upper() + time[1:]}
     return pattern.format(s=subject, a=source.choice(ACTIONS), p=place, t=time, **first_big)
+
+
+# --- of given texts ---------------------------------------------------------------------------------------------------
+QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u00a0": " "})
+END = re.compile(r"[.!?]+[\"')\]]*(?=\s)")
+ABBREVIATION = re.compile(
+    r"(?:^|[^A-Za-z])(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Rev|Hon|Gen|Col|Capt|etc|cf|vs|viz|pl|fig|vol|ch|pp|ed|esp)\Z", re.I
+)
+CAPITALS = re.compile(r"[A-ZÀ-ÖØ-ÞΑ-ΩА-Я]{2}")
+WORD = r"'?[^\W\d_]+(?:['-][^\W\d_]+)*'?"
+SPEAKABLE = re.compile(rf"{WORD}(?:[,;:]? {WORD})*[,;:]?[.?!]{{0,3}}")
+BREAKS = 0.05  # of the lines end in the middle of a sentence that began in the middle of the line: a text of fixed width
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is taken: so many words, and only letters of ASCII where the voice knows no others."""
+
+    least_words: int = 3
+    most_words: int = 12
+    ascii_only: bool = False
+
+    def misfit(self, sentence: str, alone: bool) -> str:
+        """Why ``sentence`` is passed over, '' if it is not. ``alone``: the text is this sentence, and needs no full stop."""
+        words = len(sentence.split())
+        if words < self.least_words:
+            return f"fewer than {self.least_words} words"
+        if words > self.most_words:
+            return f"more than {self.most_words} words"
+        if any(character.isdigit() for character in sentence):
+            return "digits"
+        if _abbreviates(sentence):
+            return "abbreviations or capitals"
+        if not SPEAKABLE.fullmatch(sentence) or (self.ascii_only and not sentence.isascii()):
+            return "other signs or letters"
+        whole = sentence[-1] in ".?!" and not sentence[0].islower()
+        return "" if alone or whole else "cut off by the end of a line"
+
+
+def _abbreviates(sentence: str) -> bool:
+    last = sentence[-1] == "." and ABBREVIATION.search(sentence[:-1])
+    return bool(last or "." in sentence.rstrip(".?!") or CAPITALS.search(sentence))
+
+
+@dataclass
+class Found:
+    """Sentences of some files by their letters and digits, each with its file, and what was passed over."""
+
+    sentences: dict[str, tuple[str, str]] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    excluded: set[str] = field(default_factory=set)
+    rejected: list[Rejected] = field(default_factory=list)
+    texts: int = 0
+
+    def chosen(self, count: int, seed: int) -> list[tuple[str, str]]:
+        """``count`` pairs (sentence, file), or all: by a hash with the seed, so that a longer list begins with the shorter one and
+        no order of files matters."""
+        order = sorted(self.sentences, key=lambda key: hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest())
+        return [self.sentences[key] for key in order[:count]]
+
+
+def find(paths: Iterable[Path], limits: Limits, excluded: set[str]) -> Found:
+    """Every sentence of the manifests and text files that can be spoken, once; those in ``excluded`` are only counted.
+
+    Raises:
+        CorpusError: a file that is missing, of another kind, or without texts.
+    """
+    found = Found()
+    for path in paths:
+        before = found.texts
+        for text in texts_of(path):
+            if isinstance(text, Rejected):
+                found.rejected.append(text)
+                continue
+            found.texts += 1
+            parts = sentences_of(text)
+            for sentence in parts:
+                _sort_in(found, sentence, limits.misfit(sentence, len(parts) == 1), path, excluded)
+        if found.texts == before:
+            raise CorpusError(f"{path}: nothing to speak in it; expected lines of text, or rows with a field 'text'")
+    return found
+
+
+def _sort_in(found: Found, sentence: str, misfit: str, path: Path, excluded: set[str]) -> None:
+    key = plain(sentence)
+    if misfit:
+        found.passed_over[misfit] += 1
+    elif key in excluded:
+        found.excluded.add(key)
+    elif key in found.sentences:
+        found.passed_over["said already"] += 1
+    else:
+        found.sentences[key] = (sentence, str(path))
+
+
+def excluded_texts(paths: Iterable[Path]) -> set[str]:
+    """Texts that must not be spoken, as letters and digits: whole texts and their sentences. CorpusError on any doubtful line:
+    what is not understood could not be kept out."""
+    keys: set[str] = set()
+    for path in paths:
+        texts = list(texts_of(path))
+        for text in texts:
+            if isinstance(text, Rejected):
+                raise CorpusError(f"--exclude {text.path}: {text.details}; its text could not be kept out")
+            keys.update(plain(part) for part in [text, *sentences_of(text)])
+        if not texts and path.stat().st_size:  # an empty file is an empty split
+            raise CorpusError(f"--exclude {path}: no row has a text")
+    return keys - {""}
+
+
+def texts_of(path: Path) -> Iterator[str | Rejected]:
+    """The texts of a manifest (``.jsonl``), those of rows, or of a text file (``.txt``): its lines, or its paragraphs where the
+    lines are of a fixed width."""
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file")
+    if path.suffix.lower() == ".jsonl":
+        yield from _rows(path)
+    elif path.suffix.lower() == ".txt":
+        try:
+            text = contents(path)[0]
+        except ValueError as error:
+            raise CorpusError(f"{path}: not UTF-8 ({error})") from error
+        yield from (line for line in unwrapped(text).splitlines() if line.strip())
+    else:
+        raise CorpusError(f"{path}: texts are in manifests (.jsonl) or text files (.txt)")
+
+
+def _rows(path: Path) -> Iterator[str | Rejected]:
+    for number, line in lines(path):
+        try:
+            record = json.loads(line) if line is not None else None
+        except (ValueError, RecursionError) as error:
+            yield broken(path, number, str(error))
+            continue
+        text = record.get("text") or "" if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            yield broken(path, number, "not UTF-8" if line is None else "expected a JSON object with a string 'text'")
+        elif text.strip():
+            yield text
+
+
+def unwrapped(text: str) -> str:
+    """Paragraphs on one line each, where line ends are those of a fixed width; else the text as it is."""
+    there = [line.strip() for line in text.splitlines() if line.strip()]
+    breaks = sum(bool(END.search(line)) and line[-1] not in ".?!\"')]:" for line in there[:-1])
+    return reflow(text) if breaks and breaks >= BREAKS * len(there) else text
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text: cut after full stops and at line ends, quotation marks around them taken off."""
+    text = unicodedata.normalize("NFC", text).translate(QUOTES)
+    parts = (part for line in unwrapped(text).splitlines() for part in _split(line))
+    return [bare for part in parts if (bare := " ".join(part.split()).strip('" ')) and plain(bare)]
+
+
+def _split(line: str) -> Sequence[str]:
+    """A line cut after full stops; not after an abbreviation, nor where a sentence that began with a capital goes on small."""
+    parts, start = [], 0
+    for end in END.finditer(line):
+        following, begun = line[end.end() : end.end() + 9].lstrip()[:1], line[start : start + 9].lstrip()[:1]
+        if (end[0] == "." and ABBREVIATION.search(line[start : end.start()])) or (following.islower() and begun.isupper()):
+            continue
+        parts.append(line[start : end.end()])
+        start = end.end()
+    return [*parts, line[start:]]

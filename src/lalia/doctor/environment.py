@@ -16,6 +16,7 @@ import soundfile
 import torch
 
 from lalia.doctor.report import Report
+from lalia.pretrained import sources
 
 #: extra of pip → the modules it brings
 EXTRAS: dict[str, list[str]] = {
@@ -23,6 +24,9 @@ EXTRAS: dict[str, list[str]] = {
     "synth": ["espeakng_loader"],
     "hub": ["huggingface_hub", "modelscope"],
     "bench": ["monotonic_alignment_search"],
+    "serve": ["fastapi", "uvicorn", "python_multipart", "gradio"],
+    "lora": ["peft"],
+    "wandb": ["wandb"],
 }
 AV_CODECS = ["g722", "opus", "aac", "mp3"]
 DISK_GB = 2.0  # a demo run and its checkpoints
@@ -40,7 +44,7 @@ class Component:
 
 @dataclass
 class EnvReport(Report):
-    """``missing_extras``: extra → the pip line that installs it."""
+    """``missing_extras``: extra → the pip line that installs it; ``mirrors``: where models and packages come from."""
 
     python: str = ""
     system: str = ""
@@ -51,6 +55,7 @@ class EnvReport(Report):
     disk_free_gb: float = 0.0
     components: list[Component] = field(default_factory=list)
     missing_extras: dict[str, str] = field(default_factory=dict)
+    mirrors: dict[str, str] = field(default_factory=dict)
 
 
 def doctor_env(folder: str = ".") -> EnvReport:
@@ -74,7 +79,7 @@ def doctor_env(folder: str = ".") -> EnvReport:
         report.components.append(Component(name, _version(name), "cpu"))
         if not _version(name):
             report.problems.append(f"{name} is not installed: pip install {name}")
-    report.missing_extras = missing_extras()
+    report.missing_extras, report.mirrors = missing_extras(), sources.in_force()
     if report.disk_free_gb < DISK_GB:
         report.problems.append(
             f"{report.disk_free_gb} GB free in {os.path.abspath(folder)}; a run needs about {DISK_GB:g}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,14 @@ def wilson(right: int, count: int, z: float = Z_95) -> Accuracy:
     return Accuracy(share, middle - half, middle + half, right, count)
 
 
+def is_question(extra: Mapping[str, Any]) -> bool:
+    """Whether the row with this ``extra`` is a four-way question as ``lalia prepare instructions`` writes them."""
+    return {"question", "options", "right"} <= set(extra)
+
+
 def is_benchmark(corpus: Corpus) -> bool:
-    """Whether the rows are four-way questions as ``lalia prepare instructions`` writes them."""
-    return all({"question", "options", "right"} <= set(extra) for extra in corpus.column("extra"))
+    """Whether all rows are such questions."""
+    return all(map(is_question, corpus.column("extra")))
 
 
 def evaluate_audiobench(
@@ -163,7 +168,7 @@ def read_questions(corpus: Corpus) -> tuple[list[Asked], dict[str, str]]:
 
 def _read(row: Row) -> Asked:
     extra = row.extra
-    if not {"question", "options", "right"} <= set(extra):
+    if not is_question(extra):
         raise BadRow("no four-way question: the row needs extra.question, options and right (see `lalia prepare instructions`)")
     options, right = list(extra["options"]), extra["right"]
     if len(options) != len(LETTERS) or len(set(options)) != len(options) or right not in range(len(options)):

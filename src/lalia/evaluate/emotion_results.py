@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from lalia.evaluate.results import Figure, write_json
+from lalia.evaluate.results import Figure, Record
 
 SCHEMA = "emotion-1"
 CALIBRATION = "eval/calibration.png"
@@ -35,8 +33,10 @@ class TurnResult:
 
 
 @dataclass
-class EmotionEvaluation:
+class EmotionEvaluation(Record):
     """Everything that was measured. ``mark``, where there is one, belongs to every figure."""
+
+    entries: ClassVar = {"turns": lambda turn: TurnResult(**turn)}
 
     system: str
     dimensions: list[str]
@@ -55,28 +55,6 @@ class EmotionEvaluation:
     corpus_rows: int = 0
     seconds: float = 0.0
     schema: str = SCHEMA
-
-    def figure(self, name: str) -> Figure | None:
-        return next((figure for figure in self.figures if figure.name == name), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        record = asdict(self)
-        record["figures"] = [figure.to_dict() for figure in self.figures]
-        return {"schema": record.pop("schema"), **record}
-
-    def save(self, path: str | Path) -> None:
-        """Write ``eval.json`` whole or not at all."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> EmotionEvaluation:
-        """Read ``eval.json``; ValueError when it is of another schema."""
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {record.get('schema')!r}, expected {SCHEMA!r}")
-        record["figures"] = [Figure.from_dict(figure) for figure in record["figures"]]
-        record["turns"] = [TurnResult(**turn) for turn in record["turns"]]
-        return cls(**record)
 
 
 def figure_name(figure: Figure) -> str:

@@ -168,17 +168,17 @@ class _Job:
             try:
                 sounds += self._row(row)
             except ROW_ERRORS as error:
-                self.skipped[row.id] = _reason(error)
-                log.warning("%s is left out of the evaluation: %s", row.id, _reason(error))
+                self.skipped[row.id] = reason_of(error)
+                log.warning("%s is left out of the evaluation: %s", row.id, reason_of(error))
             advance()
         self._recognise(sounds)
 
     def _row(self, row: Row) -> list[_Sound]:
-        form = _form(row.text, row.language or "en")
+        form = spoken_form(row.text, row.language or "en")
         if not form:
             raise ValueError("no words in the text")
         wave, rate = audio.read(row.audio, start=row.start, duration=row.duration)
-        clip = ClipResult(row.id, row.text, row.speaker, row.language, len(form.split()), len(_letters(form)))
+        clip = ClipResult(row.id, row.text, row.speaker, row.language, len(form.split()), len(letters(form)))
         stem = f"eval/{len(self.clips):04d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', row.id)[-60:]}"
         sounds = [self._recording(clip, wave, rate, stem)]
         reference = _describe(sounds[0].wave)
@@ -203,7 +203,7 @@ class _Job:
         try:
             wave, rate = self._run(row, condition, result)
         except ROW_ERRORS as error:
-            result.failure = _reason(error)
+            result.failure = reason_of(error)
             log.warning("%s: no %s: %s", row.id, condition, result.failure)
             return [_Sound(clip, result, np.zeros(0, np.float32))]
         self.sample_rate, result.seconds, result.wave = rate, len(wave) / rate, f"{stem}.{condition}.wav"
@@ -247,7 +247,7 @@ class _Job:
         try:
             attention = self.system.alignment(row)
         except ROW_ERRORS as error:
-            log.warning("%s: no alignment: %s", row.id, _reason(error))
+            log.warning("%s: no alignment: %s", row.id, reason_of(error))
             return
         clip.alignment = f"{stem}.alignment.png"
         pictures.write_alignment(self.out / clip.alignment, attention)
@@ -258,10 +258,10 @@ class _Job:
             by_language[sound.clip.language or "en"].append(sound)
         for language, group in by_language.items():
             for sound, text in zip(group, self.transcripts.of([s.wave for s in group], language), strict=True):
-                heard, said = _form(text, language), _form(sound.clip.text, language)
+                heard, said = spoken_form(text, language), spoken_form(sound.clip.text, language)
                 sound.result.hypothesis = text
                 sound.result.word_errors = metrics.edit_distance(said.split(), heard.split())
-                sound.result.character_errors = metrics.edit_distance(_letters(said), _letters(heard))
+                sound.result.character_errors = metrics.edit_distance(letters(said), letters(heard))
 
 
 class _Transcripts:
@@ -299,17 +299,20 @@ def _compare(result: ConditionResult, reference: _Reference, other: _Reference, 
     result.pitch_error, result.pitch_correlation = metrics.pitch_agreement(reference.pitch, other.pitch, path)
 
 
-def _form(text: str, language: str) -> str:
+def spoken_form(text: str, language: str) -> str:
+    """``comparison_form``, imported when it is first needed."""
     from lalia.text.compare import comparison_form
 
     return comparison_form(text, language)
 
 
-def _letters(form: str) -> str:
+def letters(form: str) -> str:
+    """What a character error rate counts."""
     return form.replace(" ", "")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The message of an error, its class where there is none."""
     return str(error) or type(error).__name__
 
 

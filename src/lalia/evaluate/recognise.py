@@ -207,13 +207,12 @@ def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings about generation options that are set on purpose."""
     from transformers.utils import logging as transformers_logging
 
+    from lalia.pretrained.models import without_progress_bars
+
     level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

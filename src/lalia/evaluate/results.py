@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from lalia.runfolder import write_atomic
+
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 SCHEMA = 1
 RECORDING, RESYNTHESIS, SPEECH = "recording", "resynthesis", "speech"
@@ -48,6 +50,40 @@ class Figure:
         for key in ("value", "low", "high"):
             values[key] = math.nan if values[key] is None else float(values[key])
         return cls(**values)
+
+
+class Record:
+    """Base of what the evaluations write to ``eval.json``: dataclasses with these two fields, which each declares itself.
+
+    ``schema``, whose default is the one that this version reads, is the last field and stands first in the file.
+    """
+
+    figures: list[Figure]
+    schema: Any
+    #: field that lists something → how one of them is made of its JSON
+    entries: ClassVar[Mapping[str, Callable[[dict[str, Any]], Any]]] = {}
+
+    def figure(self, name: str) -> Figure | None:
+        return next((figure for figure in self.figures if figure.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = asdict(self)  # type: ignore[call-overload]
+        record["figures"] = [figure.to_dict() for figure in self.figures]
+        return {"schema": record.pop("schema"), **record}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``eval.json`` whole or not at all."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls: type[AnyRecord], path: str | Path) -> AnyRecord:
+        """Read ``eval.json``; ValueError when it is of another schema."""
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if record.get("schema") != cls.schema:
+            raise ValueError(f"{path}: schema {record.get('schema')!r}, this version reads schema {cls.schema!r}")
+        for name, read in ({"figures": Figure.from_dict} | dict(cls.entries)).items():
+            record[name] = [read(entry) for entry in record[name]]
+        return cls(**record)
 
 
 @dataclass
@@ -89,8 +125,10 @@ class ClipResult:
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Record):
     """Everything that was measured. ``skipped`` are rows whose recording or text could not be used: id → reason."""
+
+    entries: ClassVar = {"clips": ClipResult.from_dict}
 
     system: str
     recogniser: str
@@ -106,31 +144,9 @@ class Evaluation:
     seconds: float = 0.0  # the evaluation itself took
     schema: int = SCHEMA
 
-    def figure(self, name: str) -> Figure | None:
-        return next((figure for figure in self.figures if figure.name == name), None)
-
     def failures(self, condition: str) -> list[ClipResult]:
         """Clips for which the system gave no audio in this condition."""
         return [c for c in self.clips if condition in c.conditions and c.conditions[condition].failure]
-
-    def to_dict(self) -> dict[str, Any]:
-        record = asdict(self)
-        record["figures"] = [figure.to_dict() for figure in self.figures]
-        return {"schema": record.pop("schema"), **record}
-
-    def save(self, path: str | Path) -> None:
-        """Write ``eval.json`` whole or not at all."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read ``eval.json``; ValueError when it is of another schema."""
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {record.get('schema')!r}, this version reads schema {SCHEMA}")
-        record["figures"] = [Figure.from_dict(figure) for figure in record["figures"]]
-        record["clips"] = [ClipResult.from_dict(clip) for clip in record["clips"]]
-        return cls(**record)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,8 +8,6 @@ is a label that is not there: the pair counts for nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -35,13 +33,6 @@ def ccc_of(sums: Tensor) -> Tensor:
     variance_x = (xx / count - mean_x**2).clamp_min(0)
     variance_y = (yy / count - mean_y**2).clamp_min(0)
     return 2 * (xy / count - mean_x * mean_y) / (variance_x + variance_y + (mean_x - mean_y) ** 2 + EPSILON)
-
-
-def ccc(prediction: Tensor, target: Tensor) -> Tensor:
-    """CCC of ``prediction [N, D]`` with ``target [N, D]`` by dimension: [D]. Computed around the targets' mean in float64."""
-    prediction, target = prediction.double(), target.double()
-    centre = torch.nan_to_num(target.nanmean(0))
-    return ccc_of(sums_of(prediction - centre, target - centre))
 
 
 class Moments:
@@ -77,9 +68,6 @@ class Moments:
     def ccc(self) -> Tensor:
         """float64 [D]; NaN for a dimension without a pair."""
         return torch.where(self.sums[:, 0] > 0, ccc_of(self.sums), torch.full((len(self.sums),), torch.nan, dtype=torch.float64))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.tolist(), "shift": self.shift.tolist()}
 
 
 def ccc_loss(prediction: Tensor, target: Tensor, others: Tensor | None = None) -> Tensor:

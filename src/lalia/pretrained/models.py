@@ -3,9 +3,11 @@ network."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +111,10 @@ def _from_folder(kind: Any, folder: Path) -> Any:
     """``from_pretrained`` without network and without pickled code, and strict: a weight that is missing or misshapen
     is an error."""
     try:
-        model, report = kind.from_pretrained(
-            folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        with without_progress_bars():
+            model, report = kind.from_pretrained(
+                folder, local_files_only=True, weights_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except pickle.UnpicklingError as error:
         global_name = re.search(r"GLOBAL (\S+)", str(error))
         what = f" (it calls {global_name[1]})" if global_name else ""
@@ -121,6 +124,20 @@ def _from_folder(kind: Any, folder: Path) -> Any:
         names = ", ".join(map(str, [*missing, *report["mismatched_keys"]][:5]))
         raise PretrainedError(f"{folder} does not hold a whole {kind.__name__}: missing or misshapen {names}")
     return model
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws no progress bars meanwhile; afterwards it does what it did before."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def wants_normalized(folder: Path) -> bool:

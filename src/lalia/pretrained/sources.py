@@ -27,7 +27,13 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 SMALL_FILES = ["*.json", "*.txt", "*.model"]
 #: kinds that are no transformers folders: the one file that holds the weights and says what they are
 SINGLE_FILES = {"speaker": "embedding_model.ckpt"}
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MODELSCOPE_API_TOKEN", "MODELSCOPE_TOKEN")
+SECRETS = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "MODELSCOPE_API_TOKEN", "MODELSCOPE_TOKEN", "WANDB_API_KEY",
+)  # fmt: skip
+OFFLINE = ("LALIA_OFFLINE", "HF_HUB_OFFLINE")
+#: every variable that says where models and packages come from is read in this module; the hub libraries and pip read theirs too
+HUGGING_FACE, ENDPOINT, MODELSCOPE = "https://huggingface.co", "HF_ENDPOINT", "_MS_ID"
+PACKAGES = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_ARGS")
 
 
 class PretrainedError(RuntimeError):
@@ -46,9 +52,39 @@ def cache_folder() -> Path:
 
 
 def is_offline(asked: bool = False) -> bool:
-    """Whether the network must be left alone: asked for, or by ``LALIA_OFFLINE`` or ``HF_HUB_OFFLINE``."""
-    values = (os.environ.get(name, "") for name in ("LALIA_OFFLINE", "HF_HUB_OFFLINE"))
-    return asked or any(value.strip().lower() in ("1", "true", "yes", "on") for value in values)
+    """Whether models must not be fetched: asked for, or by ``LALIA_OFFLINE`` or ``HF_HUB_OFFLINE``."""
+    return asked or any(map(_is_on, OFFLINE))
+
+
+def forbidden() -> bool:
+    """Whether ``LALIA_OFFLINE`` (``lalia --offline``) forbids the network altogether, not for models alone."""
+    return _is_on(OFFLINE[0])
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def endpoint() -> str:
+    """The address of Hugging Face, or of the mirror that ``HF_ENDPOINT`` names."""
+    return (os.environ.get(ENDPOINT) or HUGGING_FACE).rstrip("/")
+
+
+def in_force() -> dict[str, str]:
+    """Where models and packages come from on this machine, and which variables say so; without tokens, passwords and queries."""
+    named = {name: value for name, value in sorted(os.environ.items()) if value and name.endswith(MODELSCOPE)}
+    pip = {name: os.environ[name] for name in PACKAGES if os.environ.get(name)}
+    network = "allowed"
+    if is_offline():
+        network = "forbidden (LALIA_OFFLINE)" if forbidden() else "models from folders and caches alone (HF_HUB_OFFLINE)"
+    found = {
+        "Hugging Face": endpoint() + (f" ({ENDPOINT})" if os.environ.get(ENDPOINT) else ""),
+        "ModelScope first": ", ".join(f"{name}={value}" for name, value in named.items()) or "no (WHISPER_MS_ID and its like)",
+        "packages": ", ".join(f"{name}={value}" for name, value in pip.items()) or "as pip is configured",
+        "model cache": f"{cache_folder()}" + (" (LALIA_CACHE)" if os.environ.get("LALIA_CACHE") else ""),
+        "network": network,
+    }
+    return {name: re.sub(r"\?[^\s,]*", "", redact(text)) for name, text in found.items()}
 
 
 def cached_path(source: str, revision: str = "") -> Path:
@@ -153,15 +189,14 @@ Fetch = Callable[[str, str, Path], str]
 
 def _attempts(source: str, kind: str) -> list[tuple[str, str, Fetch]]:
     """(address, model id, function that downloads it) in the order to try."""
-    mirror = os.environ.get(f"{kind.upper()}_MS_ID", "")
+    mirror = os.environ.get(f"{kind.upper()}{MODELSCOPE}", "")
     names = [source.removeprefix("ms:")] if source.startswith("ms:") else [mirror] if mirror else []
     single = SINGLE_FILES.get(kind, "")
     modelscope: Fetch = partial(_fetch_modelscope, single=single) if single else _fetch_modelscope
     huggingface: Fetch = partial(_fetch_huggingface, single=single) if single else _fetch_huggingface
     attempts = [(f"https://modelscope.cn/models/{n}", n, modelscope) for n in names]
     if not source.startswith("ms:"):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        attempts.append((f"{endpoint.rstrip('/')}/{source}", source, huggingface))
+        attempts.append((f"{endpoint()}/{source}", source, huggingface))
     return attempts
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 KEPT_SECONDS = 600  # how long an uploaded recording and an idle conversation are held
+WAITING, NOTHING, WARNING = "…", "∅", "⚠️"  # what stands for an answer that has not begun, has no words, or is an error
+UNANSWERED = f"{WARNING} stopped before the answer began; the model does not remember the question"
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SSR_MODE": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 STYLE = "footer {display: none !important} .gradio-container {max-width: 60rem !important; width: 100% !important; margin: auto}"
 
@@ -53,7 +55,8 @@ class Studio:
         """One question → the history with the answer growing in it. Errors stand in the history as the answer."""
         import asyncio
 
-        shown = list(shown)
+        told = list(told) if shown else []  # an emptied page has nothing that the model should know
+        shown = settled(shown, told)
         try:
             wave = await asyncio.to_thread(self.wave, path)
             if wave is None and not text.strip():
@@ -61,20 +64,22 @@ class Studio:
             asked = Message("user", text.strip(), [] if wave is None else [wave])
             heard = [] if wave is None else [f"🎤 {len(wave) / RATE:.1f} s"]
             shown.append({"role": "user", "content": "\n\n".join([*heard, *([asked.text] if asked.text else [])])})
-            shown.append({"role": "assistant", "content": "…"})
+            shown.append({"role": "assistant", "content": WAITING})
             yield shown, told, "", None
-            reply = ""
-            async for piece in self.replies([*told, asked]):
+            before, reply = told, ""
+            async for piece in self.replies([*before, asked]):
                 reply += piece
                 shown[-1] = {"role": "assistant", "content": reply}
+                told = [*before, asked, Message("assistant", reply)]  # now, since Stop may end this before the next piece
                 yield shown, told, "", None
-            yield shown, [*told, asked, Message("assistant", reply)], "", None
+            shown[-1] = {"role": "assistant", "content": reply or NOTHING}
+            yield shown, [*before, asked, Message("assistant", reply)], "", None
         except ValueError as error:
             known = refusal(error)
             if known is None:
                 raise
-            shown = [message for message in shown if message.get("content") != "…"]
-            yield [*shown, {"role": "assistant", "content": f"⚠️ {known}"}], told, "", None
+            shown = [message for message in shown if message.get("content") != WAITING]
+            yield [*shown, {"role": "assistant", "content": f"{WARNING} {known}"}], told, "", None
 
     def replies(self, messages: list[Message]) -> AsyncIterator[str]:
         """The answer in pieces; where the model only transcribes, what is said in the recording."""
@@ -101,6 +106,24 @@ class Studio:
                 raise
             return None, f"⚠️ {known}"
         return (spoken.sample_rate, to_16_bit(spoken.wave)), "; ".join(spoken.notes)
+
+
+def settled(shown: list[dict[str, Any]], told: list[Message]) -> list[dict[str, Any]]:
+    """The history on the page after a stop, equal to what the model is told: the answer as far as it was said, and a question
+    whose answer had not begun is marked as forgotten. Nothing changes where no answer was stopped."""
+    shown = list(shown)
+    last = _text_of(shown[-1]) if shown and shown[-1]["role"] == "assistant" else ""
+    if last == WAITING:
+        shown[-1] = {"role": "assistant", "content": UNANSWERED}
+    elif last and told and not last.startswith(WARNING):
+        shown[-1] = {"role": "assistant", "content": told[-1].text or NOTHING}  # a piece may have been told and not arrived
+    return shown
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Text of a message as we write it, or in the parts that Gradio makes of it."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content if isinstance(part, dict))
 
 
 def mount(app: FastAPI, engine: Engine, folder: Path) -> FastAPI:
@@ -162,7 +185,7 @@ def _talk(gr: Any, studio: Studio) -> None:
         "show_progress": "hidden",
     }
     asked = [send.click(**work), text.submit(**work)]
-    stop.click(fn=None, cancels=asked, api_visibility="private")
+    stop.click(settled, [history, told], history, cancels=asked, api_visibility="private", show_progress="hidden", queue=False)
     new.click(fn=lambda: ([], [], "", None), outputs=work["outputs"], cancels=asked, api_visibility="private")
     history.clear(fn=list, outputs=told, cancels=asked, api_visibility="private")
 

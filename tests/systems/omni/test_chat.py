@@ -86,7 +86,7 @@ def test_no_text_can_play_a_role() -> None:
 class Words:
     """A tokenizer with ChatML's tokens, else one token a character."""
 
-    bos, eos = 0, 1
+    bos, eos, marks = 0, 1, (talk.CHATML, talk.CHATML_END)
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -137,7 +137,7 @@ def test_the_loss_is_that_of_each_row_alone_by_hand(tmp_path: Path) -> None:
     together = system.losses(system.collate(examples), Clock())["loss_text"]
     total, count = 0.0, 0
     for example in examples:
-        waves = [torch.from_numpy(wave) for wave in example.waves]
+        waves = [torch.from_numpy(clip) for clip in example.clips]
         soft = system.soft_tokens([[system.features(wave) for wave in waves]])[0]
         tokens = torch.tensor([example.tokens])
         logits = system.language(tokens, None, soft[None] if soft is not None else None)[0]
@@ -314,8 +314,11 @@ def test_a_long_answer_is_not_worse_for_its_length(monkeypatch: pytest.MonkeyPat
 
 def test_clips_of_a_row_are_found_beside_the_first(tmp_path: Path) -> None:
     row = instruction(tmp_path, "a", "yes", 3)
-    assert [Path(path).name for path, _, _ in clips_of(row)] == ["a0.wav", "a1.wav", "a2.wav"]
-    assert all(Path(path).is_file() for path, _, _ in clips_of(row))
+    assert [Path(clip.audio).name for clip in clips_of(row)] == ["a0.wav", "a1.wav", "a2.wav"]
+    assert all(Path(clip.audio).is_file() for clip in clips_of(row))
+    assert [clip.id for clip in clips_of(row)] == ["a", "a-1", "a-2"]
+    row.extra["clips"] = ["x", "y", "z"]
+    assert [clip.id for clip in clips_of(row)] == ["x", "y", "z"]
 
 
 def test_the_stand_in_keeps_the_contract() -> None:

@@ -89,12 +89,16 @@ def test_rows_of_unlike_lengths_equal_the_same_rows_alone(language: HfLanguage) 
     assert cache.longest == 17 + 6 and cache.used.tolist() == [a + t + 6 for a, t in zip(AUDIO, TEXT, strict=True)]
 
 
-def test_audio_has_the_scale_of_tokens_whatever_the_projector_says(language: HfLanguage) -> None:
-    tokens, prefix = some(1, 5), sound(1, 4, 32)
+def test_embeddings_of_tokens_before_the_audio_are_the_tokens_themselves(language: HfLanguage) -> None:
+    tokens, audio = some(1, 7), sound(1, 4, 32)
     with torch.no_grad():
-        assert torch.allclose(language(tokens, prefix=prefix), language(tokens, prefix=0.05 * prefix), atol=1e-2)
-    table = language.model.get_input_embeddings().weight
-    assert float(language.scale) == pytest.approx(float(table.detach().square().mean().sqrt()), rel=1e-5)
+        prefix = torch.cat([language.embed(tokens[:, :3]), audio], dim=1)
+        ours = language(tokens[:, 3:], prefix=prefix)
+        table = language.model.get_input_embeddings()
+        rows = torch.cat([table(tokens[:, :3]), audio, table(tokens[:, 3:])], dim=1)
+        theirs = language.model(inputs_embeds=rows).logits[:, -4:]
+        assert torch.equal(language(tokens[:, 3:], prefix=language.embed(tokens[:, :3])), language(tokens)[:, 3:])
+    assert (ours - theirs).abs().max() <= 2e-5
 
 
 def test_gradients_reach_the_audio_and_no_padding(language: HfLanguage) -> None:

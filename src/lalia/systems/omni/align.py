@@ -2,7 +2,7 @@
 
 Whisper and the language model are frozen; the projector (and the weights of the encoder's layers, where there are any) learns
 from recordings with their texts. A row is: soft tokens, BOS, text, EOS. BOS stays between them and is not predicted itself;
-every token after it is.
+every token after it is. For an instructed language model the recording is framed as what the user says (``frame``).
 
 Legend: B rows, S samples at 16 kHz, T frames, C layers, D width of the encoder, P soft tokens, L tokens, W width.
 """
@@ -22,20 +22,20 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lalia import audio, dist
-from lalia.cache import ShardStore, whisper_store
 from lalia.data import BadRow, Row
-from lalia.system import Clock, Media, System, TensorBatch
+from lalia.system import Clock, Media, Message, System, TensorBatch
 from lalia.systems.omni import config_align as settings
-from lalia.systems.omni import measures
+from lalia.systems.omni import conversation, measures
 from lalia.systems.omni.certificate import IGNORED, Case, Certificate, GradientPathError, certify
 from lalia.systems.omni.foundation import build_language, describe_base, load_base
 from lalia.systems.omni.listen import RATE, Listener, describe_listener, frames_of
 from lalia.systems.omni.projector import Projector
-from lalia.systems.omni.tokenizers import tokenizer_from_dict
+from lalia.systems.omni.spelling import Spelling, candidates
+from lalia.systems.omni.stored import feature_store, refuse_other_features
+from lalia.systems.omni.tokenizers import plain, tokenizer_from_dict
 
 log = logging.getLogger(__name__)
 
-OFF = "none"
 SCALE_TOKENS = 4096  # token embeddings whose size soft tokens are given
 
 
@@ -101,14 +101,13 @@ class OmniAlign(System):
         super().__init__(config, tables)
         self.tokenizer = tokenizer_from_dict(tables["base"]["tokenizer"])
         self.language = build_language(tables["base"])
-        if self.tokenizer.size > self.language.vocab:
-            sizes = f"{self.tokenizer.size} tokens, the language model knows {self.language.vocab}"
-            raise ValueError(f"base: the tokenizer has {sizes}: they do not belong together")
         self.listener = Listener(tables["listener"])
         hidden = config.projector.hidden or 2 * self.language.width
         self.projector = Projector(self.listener.width, self.language.width, config.projector.stack, hidden)
         self.context, self.stack = int(self.language.context), config.projector.stack  # loader processes have no networks
-        self.store = feature_store(config, tables["listener"])
+        self.opening, self.closing = frame_of(config.frame, self.tokenizer)
+        self.spelling = Spelling(self.language.width) if config.weights.loss_spelling else None
+        self.store = feature_store(config.data, tables["listener"])
         self.certificate: Certificate | None = None
         self.train(self.training)
 
@@ -118,7 +117,9 @@ class OmniAlign(System):
         base = describe_base(config.base)
         heard = config.listen
         options = {"layers": heard.layers, "numbers": heard.numbers, "trim": heard.trim}
-        return {"base": base, "listener": describe_listener(heard.whisper, **options)}
+        listener = describe_listener(heard.whisper, **options)
+        refuse_other_features(config.data.features, listener)
+        return {"base": base, "listener": listener}
 
     def load_external(self) -> None:
         self.listener.load_external(self.config.listen.whisper)
@@ -137,32 +138,32 @@ class OmniAlign(System):
         return "no audio" if not row.audio else "" if row.text.strip() else "no text"
 
     def prepare(self, row: Row, clock: Clock) -> Example:
-        tokens = self.tokenizer.encode(row.text.strip())
+        tokens = self.tokenizer.encode(plain(row.text.strip(), self.tokenizer.marks))
         heard = self.store.get(row) if self.store is not None else None
         wave = audio.read(row.audio, RATE, row.start, row.duration)[0] if heard is None else None
         samples = len(wave) if wave is not None else round(row.duration * RATE)
         frames = len(heard) if heard is not None else frames_of(samples)
         if frames == 0:
             raise BadRow("the recording has no samples")
-        size = -(-frames // self.stack) + len(tokens) + 1
-        if size > self.context:
+        text = len(self.opening) + len(self.closing) + len(tokens)
+        if -(-frames // self.stack) + text > self.context:
             raise BadRow(
-                f"too long: {-(-frames // self.stack)} soft tokens and {len(tokens) + 1} of text, the language model's context is"
+                f"too long: {-(-frames // self.stack)} soft tokens and {text} of text, the language model's context is"
                 f" {self.context}; raise projector.stack or lower data.max_seconds"
             )
         return Example(row.id, row.text, tokens, heard, wave, samples)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """BOS stands between recording and text; each token's target is the next one, the last one's EOS."""
-        bos, eos = self.tokenizer.bos, self.tokenizer.eos
-        tokens = [torch.tensor([bos, *example.tokens]) for example in examples]
-        targets = [torch.tensor([*example.tokens, eos]) for example in examples]
+        """BOS, or the frame's close, stands between recording and text; each token's target is the next one, the last one's EOS."""
+        told = [IGNORED] * (len(self.closing) - 1)
+        tokens = [torch.tensor([*self.closing, *example.tokens]) for example in examples]
+        targets = [torch.tensor([*told, *example.tokens, self.tokenizer.eos]) for example in examples]
         heard = [example.heard for example in examples if example.heard is not None]
         waves = [torch.from_numpy(example.wave) for example in examples if example.wave is not None]
         return Batch(
             ids=[example.id for example in examples],
             texts=[example.text for example in examples],
-            tokens=pad_sequence(tokens, batch_first=True, padding_value=bos),
+            tokens=pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.bos),
             targets=pad_sequence(targets, batch_first=True, padding_value=IGNORED),
             lengths=torch.tensor([len(row) for row in tokens]),
             known=torch.tensor([example.heard is not None for example in examples]),
@@ -187,18 +188,41 @@ class OmniAlign(System):
         lengths = torch.tensor([len(one) for one in frames], device=frames[0].device)
         return self.projector(pad_sequence(frames, batch_first=True), lengths)
 
+    def framed(self, soft: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft tokens [B, P, W] and their lengths [B] → the same after the frame's opening."""
+        if not self.opening:
+            return soft, counts
+        opening = self.language.embed(torch.tensor([self.opening], device=soft.device)).to(soft.dtype)
+        return torch.cat([opening.expand(len(soft), -1, -1), soft], dim=1), counts + len(self.opening)
+
     # --- learning ---------------------------------------------------------------------------------------------------
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         with self.autocast():
-            prefix, counts = self.soft_tokens(batch)
+            soft, counts = self.soft_tokens(batch)
+        if isinstance(self.meter, Agreement):
+            self.meter.add(*self._pooled(batch, soft, counts), batch.texts)
+        found = {"loss_spelling": self._spelled(batch, soft, counts, clock)} if self.spelling is not None else {}
+        if clock.training and not self.config.weights.loss_text:
+            return found
+        return {"loss_text": self._read(batch, *self.framed(soft, counts), clock), **found}
+
+    def _read(self, batch: Batch, prefix: Tensor, counts: Tensor, clock: Clock) -> Tensor:
+        """Cross-entropy of the text after the framed recording, nats a token."""
         if clock.training and self.certificate is None:
             self._certify(batch, prefix, counts)
         with self.autocast():
             logits = self.language(batch.tokens, batch.lengths, prefix, counts)
-        if isinstance(self.meter, Agreement):
-            self.meter.add(*self._pooled(batch, prefix, counts), batch.texts)
         total = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return {"loss_text": total / dist.average((batch.targets != IGNORED).sum()).clamp_min(1)}
+        return total / dist.average((batch.targets != IGNORED).sum()).clamp_min(1)
+
+    def _spelled(self, batch: Batch, soft: Tensor, counts: Tensor, clock: Clock) -> Tensor:
+        """CTC of the text's tokens among as many others, nats a token."""
+        assert self.spelling is not None
+        texts, lengths = batch.tokens[:, len(self.closing) :], batch.lengths - len(self.closing)
+        generator = torch.Generator().manual_seed(clock.seed * 1_000_003 + clock.step)
+        chosen, places = candidates(texts, lengths, self.tokenizer.size, generator)
+        total, count = self.spelling(soft, counts, places, lengths, self.language.embed(chosen[None])[0])
+        return total / dist.average(count).clamp_min(1)
 
     def _certify(self, batch: Batch, prefix: Tensor, counts: Tensor) -> None:
         """Before the first step of this process: GradientPathError, with the reasons, when the projector could not learn."""
@@ -212,7 +236,7 @@ class OmniAlign(System):
         """Mean soft token and mean token embedding of each row's text, [B, W] each."""
         text = self.language.embed(batch.tokens).float()
         inside = (torch.arange(text.shape[1], device=text.device) < batch.lengths.unsqueeze(1)).float()
-        inside[:, 0] = 0  # BOS is no word
+        inside[:, : len(self.closing)] = 0  # BOS is no word
         words = torch.einsum("blw,bl->bw", text, inside) / inside.sum(1, keepdim=True).clamp_min(1)
         return prefix.float().sum(1) / counts.unsqueeze(1), words
 
@@ -256,25 +280,25 @@ class OmniAlign(System):
         device = next(self.parameters()).device
         for number, wave in enumerate(waves, start=first + 1):
             soft = -(-frames_of(len(wave)) // self.stack)
-            if not 0 < soft <= self.context - 2:
+            if not 0 < soft < self.context - len(self.opening) - len(self.closing):
                 size = f"{len(wave) / RATE:g} s, {soft} soft tokens"
                 raise ValueError(f"recording {number} has {size}; the language model's context is {self.context}")
         tensors = [torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)) for wave in waves]
         lengths = torch.tensor([len(wave) for wave in waves], device=device)
         with self.autocast():
             heard = self.listener.hear(pad_sequence(tensors, batch_first=True).to(device), lengths)
-            prefix, counts = self.project(heard)
+            prefix, counts = self.framed(*self.project(heard))
             limit = self.config.decode.least + int(self.config.decode.tokens_per_second * int(lengths.max()) / RATE)
             return [self.tokenizer.decode(ids).strip() for ids in self._greedy(prefix, counts, limit)]
 
     def _greedy(self, prefix: Tensor, counts: Tensor, limit: int) -> list[list[int]]:
-        """The most probable tokens after BOS, row by row until EOS, ``limit`` tokens or the end of the context."""
+        """The most probable tokens after the recording, row by row until EOS, ``limit`` tokens or the end of the context."""
         ends = {self.tokenizer.eos, self.tokenizer.bos}
         said: list[list[int]] = [[] for _ in counts]
         done = [False] * len(said)
-        bos = torch.full((len(said), 1), self.tokenizer.bos, device=prefix.device)
-        logits, cache = self.language.prefill(bos, None, prefix, counts)
-        room = min(limit, self.context - int(counts.max()) - 1)
+        closing = torch.tensor([self.closing], device=prefix.device).expand(len(said), -1)
+        logits, cache = self.language.prefill(closing, None, prefix, counts)
+        room = min(limit, self.context - int(counts.max()) - len(self.closing))
         for number in range(room):
             chosen = logits[:, : self.tokenizer.size].argmax(-1)
             for row, token in enumerate(chosen.tolist()):
@@ -287,15 +311,13 @@ class OmniAlign(System):
         return said
 
 
-def feature_store(config: settings.Config, listener: Mapping[str, Any]) -> ShardStore | None:
-    """The shards that ``lalia features whisper`` filled for this encoder; None when there are none or they are switched off."""
-    data = config.data
-    if data.features == OFF or not (data.features or data.train):
-        return None
-    folder = Path(data.features) if data.features else Path(data.train[0]).parent / "features"
-    store = whisper_store(folder, listener)
-    if len(store):
-        log.info("%d recordings are heard already: %s", len(store), store.folder)
-        return store
-    log.info("no features in %s: the encoder runs at every step; `lalia features whisper` would run it once", store.folder)
-    return None
+def frame_of(frame: settings.Frame, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens before a recording, and between it and its text. ValueError for ``chat`` without ChatML's marks."""
+    chatml = conversation.format_of(tokenizer).chatml
+    if frame is settings.Frame.chat and not chatml:
+        raise ValueError("frame=chat: the language model's tokenizer has no ChatML marks (<|im_start|>); use frame=plain")
+    if frame is settings.Frame.plain or not chatml:
+        return [], [tokenizer.bos]
+    heard = Message("user", audio=[np.zeros(0, dtype=np.float32)])
+    encoded = conversation.encode([heard], tokenizer, reply=True)
+    return encoded.opening, encoded.tokens

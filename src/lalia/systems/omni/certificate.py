@@ -98,9 +98,7 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != IGNORED).sum().clamp_min(1)
 
 
-def _audio_gradient(
-    language: nn.Module, case: Case, dtype: torch.dtype | None, scale: float = 1.0
-) -> tuple[Tensor, bool]:
+def _audio_gradient(language: nn.Module, case: Case, dtype: torch.dtype | None, scale: float = 1.0) -> tuple[Tensor, bool]:
     """``scale`` · ∂loss/∂audio [B, P, W] in float32, and whether the graph does not reach the audio at all."""
     device = case.prefix.device.type
     with torch.enable_grad(), torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

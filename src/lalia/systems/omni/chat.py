@@ -28,11 +28,12 @@ from lalia.runfolder import CONFIG, RunFolder
 from lalia.system import Clock, Message, Question, System, system_class
 from lalia.systems.omni import config_chat as settings
 from lalia.systems.omni import conversation
-from lalia.systems.omni.chat_data import RATE, Batch, Example, collate, read_example
+from lalia.systems.omni.chat_data import FRAMES_PER_SECOND, RATE, Batch, Example, collate, read_example, seconds_of
 from lalia.systems.omni.chat_decode import pieces, replies
 from lalia.systems.omni.conversation import ConversationError
 from lalia.systems.omni.lora import add_lora, lora_parameters, merge, renamed
 from lalia.systems.omni.mcq import Prompt, answer_scores, stack_soft
+from lalia.systems.omni.stored import feature_store, refuse_other_features
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ TRANSCRIBE = "What is said?"
 TRANSCRIBE_TOKENS = 400
 #: recordings transcribed, and questions scored, together
 TOGETHER = 8
-FRAMES_PER_SECOND = 50  # of the encoder
 #: of the earlier run: where its data lay and how it was trained says nothing about its networks
 UNUSED = ("data.", "train.", "dist.")
 SAMPLES_LEAST = 400  # 25 ms: one frame of the encoder
@@ -67,6 +67,7 @@ class OmniChat(System):
         self.tokenizer = self.align.tokenizer
         self.context, self.stack = int(self.align.language.context), int(self.align.projector.stack)
         self.format = conversation.format_of(self.tokenizer)
+        self.store = feature_store(config.data, stored["tables"].get("listener"))
         self._heard: OrderedDict[str, Tensor] = OrderedDict()
 
     def _learning(self) -> list[nn.Parameter]:
@@ -92,6 +93,7 @@ class OmniChat(System):
         if missing:
             raise ValueError(f"align: {run} is a run of {earlier.system}, which has no {' and no '.join(missing)}")
         stored = {"config": configuration.flatten(earlier), "tables": RunFolder(run).read_tables()}
+        refuse_other_features(config.data.features, stored["tables"].get("listener"))
         return {"align": {"system": earlier.system, **stored}}
 
     def load_external(self) -> None:
@@ -124,8 +126,8 @@ class OmniChat(System):
         return float(row.duration) + letters / 100
 
     def prepare(self, row: Row, clock: Clock) -> Example:
-        example = read_example(row, self.tokenizer, self.config.model)
-        size = len(example.tokens) + sum(self._soft_count(len(wave)) for wave in example.waves)
+        example = read_example(row, self.tokenizer, self.config.model, self.store)
+        size = len(example.opening) + len(example.tokens) + sum(self._soft_count(seconds_of(clip)) for clip in example.clips)
         if size > self.context:
             raise BadRow(f"too long: about {size} tokens with the audio, the model's context is {self.context}")
         return example
@@ -133,9 +135,9 @@ class OmniChat(System):
     def collate(self, examples: Sequence[Example]) -> Batch:
         return collate(examples)
 
-    def _soft_count(self, samples: int) -> int:
+    def _soft_count(self, seconds: float) -> int:
         """Soft tokens of a recording, at the encoder's 50 frames a second."""
-        return math.ceil(samples * FRAMES_PER_SECOND / RATE / self.stack)
+        return math.ceil(seconds * FRAMES_PER_SECOND / self.stack)
 
     # --- hearing ----------------------------------------------------------------------------------------------------
     def features(self, wave: Tensor, key: str = "") -> Tensor:
@@ -154,22 +156,26 @@ class OmniChat(System):
                 self._heard.popitem(last=False)
         return found
 
-    def soft_tokens(self, clips: Sequence[Sequence[Tensor]]) -> list[Tensor | None]:
-        """Features [T, D] of each row's recordings → their soft tokens [P, W] one after the other, BOS's embedding between two."""
+    def soft_tokens(self, clips: Sequence[Sequence[Tensor]], openings: Sequence[Sequence[int]] = ()) -> list[Tensor | None]:
+        """Features [T, D] of each row's recordings → their soft tokens [P, W] one after the other, BOS's embedding between two, and
+        before them the embeddings of each row's opening."""
         flat = [clip for row in clips for clip in row]
         if not flat:
             return [None] * len(clips)
         lengths = torch.tensor([len(clip) for clip in flat], device=flat[0].device)
         projected, counts = self.align.projector(pad_sequence(flat, batch_first=True), lengths)
         parts = iter([value[:count] for value, count in zip(projected, counts.tolist(), strict=True)])
-        between = self.language.embed(torch.tensor([[self.tokenizer.bos]], device=projected.device))[0].to(projected.dtype)
+        between = self._embedded([self.tokenizer.bos], projected)
         rows: list[Tensor | None] = []
-        for row in clips:
-            pieces_of_row: list[Tensor] = []
+        for row, opening in zip(clips, openings or [[]] * len(clips), strict=True):
+            pieces_of_row = [self._embedded(opening, projected)] if row and opening else []
             for number, _ in enumerate(row):
                 pieces_of_row += [between, next(parts)] if number else [next(parts)]
             rows.append(torch.cat(pieces_of_row) if pieces_of_row else None)
         return rows
+
+    def _embedded(self, tokens: Sequence[int], like: Tensor) -> Tensor:
+        return self.language.embed(torch.tensor([tokens], device=like.device))[0].to(like.dtype)
 
     # --- learning ---------------------------------------------------------------------------------------------------
     def optimizers(self) -> dict[str, list[nn.Parameter]]:
@@ -177,15 +183,22 @@ class OmniChat(System):
 
     def losses(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """Cross-entropy of the assistant's tokens; everything else is only read."""
-        waves = iter(batch.wave.split(batch.wave_lengths.tolist()))
-        keys = iter(batch.keys)
-        clips = [[self.features(next(waves), next(keys)) for _ in range(count)] for count in batch.clips]
+        clips = self._clips(batch)
         with self.autocast():
-            prefix = stack_soft(self.soft_tokens(clips), self.language.width, batch.tokens.device)
+            prefix = stack_soft(self.soft_tokens(clips, batch.openings), self.language.width, batch.tokens.device)
             logits = self.language(batch.tokens[:, :-1], (batch.lengths - 1).clamp_min(1), *prefix)
         wanted = batch.tokens[:, 1:].masked_fill(~batch.learnt[:, 1:], -1)
         total = functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum")
         return {"loss_text": total / dist.average((wanted >= 0).sum()).clamp_min(1)}
+
+    def _clips(self, batch: Batch) -> list[list[Tensor]]:
+        """Features [T, D] of each row's recordings, stored or heard now."""
+        waves, heard = batch.wave.split(batch.wave_lengths.tolist()), batch.heard.split(batch.heard_lengths.tolist())
+        every = iter(
+            self.align.listener.mix(stored.float()) if len(stored) else self.features(wave, key)
+            for wave, stored, key in zip(waves, heard, batch.keys, strict=True)
+        )
+        return [[next(every) for _ in range(count)] for count in batch.clips]
 
     # --- capabilities -----------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -208,7 +221,7 @@ class OmniChat(System):
             if id(wave) not in heard:
                 heard[id(wave)] = self.features(self._checked(wave))
         with self.autocast():
-            soft = self.soft_tokens([[heard[id(wave)] for wave in waves]])[0]
+            soft = self.soft_tokens([[heard[id(wave)] for wave in waves]], [encoded.opening])[0]
         prompt = Prompt(encoded.tokens, soft)
         if prompt.size >= self.language.context:
             audio = prompt.size - len(prompt.tokens)
@@ -276,4 +289,3 @@ def _as_text(value: Any) -> str:
 def _modules(run: Path) -> set[str]:
     """Names of the networks in a run's weights."""
     return {key.split(".", 1)[0] for key in cast(dict[str, Tensor], checkpoint.load_weights(run))}
-

@@ -13,29 +13,35 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lalia import audio
+from lalia.cache import ShardStore
 from lalia.data import BadRow, Row
 from lalia.system import Message, TensorBatch
 from lalia.systems.omni import conversation
 from lalia.systems.omni.config_chat import ModelConfig
 
 RATE = 16000
+FRAMES_PER_SECOND = 50  # of the encoder
 
 
 @dataclass
 class Example:
-    """One conversation: ``tokens`` with ``learnt`` [L], its recordings float32 [S] at 16 kHz and a name for each."""
+    """One conversation: ``tokens`` with ``learnt`` [L], its recordings and a name for each, and the tokens ``opening`` that stand
+    before them. A recording is either ``heard`` [T, C, D] from the shards, or a wave float32 [S] at 16 kHz."""
 
     id: str
     tokens: list[int]
     learnt: list[bool]
-    waves: list[np.ndarray]
+    clips: list[np.ndarray | Tensor]
     keys: list[str]
+    opening: list[int]
 
 
 @dataclass
 class Batch(TensorBatch):
     """B conversations. ``tokens`` int64 [B, L], ``lengths`` [B], ``learnt`` bool [B, L] (what the assistant says); ``clips``: how
-    many recordings each has; ``wave`` float32 [Σ S] of all recordings, one after the other, ``wave_lengths`` [N], ``keys`` [N]."""
+    many recordings each has, and what stands before them (``openings``). Of all N recordings, one after the other: ``wave`` float32
+    [Σ S] and ``heard`` float16 [Σ T, C, D], of which a recording has either, ``wave_lengths`` and ``heard_lengths`` [N], ``keys``
+    [N]."""
 
     ids: list[str]
     tokens: Tensor
@@ -44,7 +50,10 @@ class Batch(TensorBatch):
     clips: list[int]
     wave: Tensor
     wave_lengths: Tensor
+    heard: Tensor
+    heard_lengths: Tensor
     keys: list[str]
+    openings: list[list[int]]
     audio_seconds: float = 0.0
 
 
@@ -53,8 +62,8 @@ def clip_key(path: str, start: float, duration: float) -> str:
     return f"{path}@{start:g}+{duration:g}"
 
 
-def clips_of(row: Row) -> list[tuple[str, float, float]]:
-    """(path, start, duration) of a row's recordings: its own, then ``extra.others``, relative to the folder of the first."""
+def clips_of(row: Row) -> list[Row]:
+    """A row's recordings: its own, then ``extra.others``, relative to the folder of the first. Their ids are ``extra.clips``."""
     if not row.audio:
         return []
     folder = os.path.dirname(row.audio)
@@ -62,10 +71,13 @@ def clips_of(row: Row) -> list[tuple[str, float, float]]:
         (os.path.normpath(os.path.join(folder, other["audio"])), other["start"], other["duration"])
         for other in row.extra.get("others", [])
     ]
-    return [(row.audio, row.start, row.duration), *others]
+    places = [(row.audio, row.start, row.duration), *others]
+    names = [str(name) for name in row.extra.get("clips", [])] or [row.id]
+    names += [f"{row.id}-{number}" for number in range(len(names), len(places))]
+    return [Row(n, path, start=start, duration=seconds) for n, (path, start, seconds) in zip(names, places, strict=False)]
 
 
-def messages_of(row: Row, waves: Sequence[np.ndarray]) -> list[Message]:
+def messages_of(row: Row, waves: Sequence[Any]) -> list[Message]:
     """The conversation of a row. BadRow when it has no message of a user, or does not end with the assistant's."""
     messages = [Message(str(item.get("role", "")), str(item.get("text", ""))) for item in row.extra["messages"]]
     asked = [message for message in messages if message.role == "user"]
@@ -75,33 +87,50 @@ def messages_of(row: Row, waves: Sequence[np.ndarray]) -> list[Message]:
     return messages
 
 
-def read_example(row: Row, tokenizer: Any, config: ModelConfig) -> Example:
-    """Row → Example; BadRow when the conversation or a recording does not suit the model."""
-    clips = clips_of(row)
-    waves = [audio.read(path, RATE, start, duration)[0] for path, start, duration in clips]
-    long = [len(wave) / RATE for wave in waves if len(wave) > config.max_audio_seconds * RATE]
+def read_example(row: Row, tokenizer: Any, config: ModelConfig, store: ShardStore | None = None) -> Example:
+    """Row → Example, with what ``store`` has heard of its recordings; BadRow when the conversation or a recording does not suit the
+    model."""
+    rows = clips_of(row)
+    clips = [_clip(one, store) for one in rows]
+    long = [size for size in map(seconds_of, clips) if size > config.max_audio_seconds]
     if long:
         raise BadRow(f"too long: a recording of {long[0]:.1f} s, model.max_audio_seconds is {config.max_audio_seconds:g}")
-    messages = messages_of(row, waves)
+    messages = messages_of(row, clips)
     try:
         conversation.check(messages, config.max_audios)
     except conversation.ConversationError as error:
         raise BadRow(str(error)) from error
     encoded = conversation.encode(messages, tokenizer)
-    return Example(row.id, encoded.tokens, encoded.learnt, waves, [clip_key(*clip) for clip in clips])
+    keys = [clip_key(one.audio, one.start, one.duration) for one in rows]
+    return Example(row.id, encoded.tokens, encoded.learnt, clips, keys, encoded.opening)
+
+
+def _clip(row: Row, store: ShardStore | None) -> np.ndarray | Tensor:
+    heard = store.get(row) if store is not None else None
+    return heard if heard is not None else audio.read(row.audio, RATE, row.start, row.duration)[0]
+
+
+def seconds_of(clip: np.ndarray | Tensor) -> float:
+    """Length of a recording; to a frame where it is known by what was heard of it."""
+    return len(clip) / (FRAMES_PER_SECOND if isinstance(clip, Tensor) else RATE)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Examples → Batch, padded on the right."""
-    waves = [torch.from_numpy(wave) for example in examples for wave in example.waves]
+    clips = [clip for example in examples for clip in example.clips]
+    waves = [torch.from_numpy(clip) if isinstance(clip, np.ndarray) else torch.zeros(0) for clip in clips]
+    heard = [clip for clip in clips if isinstance(clip, Tensor)]
     return Batch(
         ids=[example.id for example in examples],
         tokens=pad_sequence([torch.tensor(example.tokens) for example in examples], batch_first=True),
         lengths=torch.tensor([len(example.tokens) for example in examples]),
         learnt=pad_sequence([torch.tensor(example.learnt) for example in examples], batch_first=True),
-        clips=[len(example.waves) for example in examples],
+        clips=[len(example.clips) for example in examples],
         wave=torch.cat(waves) if waves else torch.zeros(0),
         wave_lengths=torch.tensor([len(wave) for wave in waves], dtype=torch.long),
+        heard=torch.cat(heard) if heard else torch.zeros(0),
+        heard_lengths=torch.tensor([len(clip) if isinstance(clip, Tensor) else 0 for clip in clips], dtype=torch.long),
         keys=[key for example in examples for key in example.keys],
-        audio_seconds=sum(len(wave) for wave in waves) / RATE,
+        openings=[example.opening for example in examples],
+        audio_seconds=sum(map(seconds_of, clips)),
     )

@@ -31,7 +31,7 @@ def pieces(
         generator = torch.Generator().manual_seed(seed)
         said, ids = "", list[int]()
         count = min(max_tokens, language.context - prompt.size)
-        for token in _tokens(language, prompt, count, temperature, top_k, generator, autocast):
+        for token in _tokens(language, prompt, count, temperature, top_k, generator, autocast, tokenizer.size):
             if token in stops:
                 break
             ids.append(token)
@@ -59,12 +59,20 @@ def _overlap(text: str, mark: str) -> int:
 
 
 def _tokens(
-    language: Any, prompt: Prompt, count: int, temperature: float, top_k: int, generator: torch.Generator, autocast: Autocast
+    language: Any,
+    prompt: Prompt,
+    count: int,
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator,
+    autocast: Autocast,
+    known: int,
 ) -> Iterator[int]:
+    """Tokens of a reply, of the first ``known``: a table of embeddings may be larger than the tokenizer."""
     with torch.no_grad(), autocast():
         logits, cache = language.prefill(*stack(language, [prompt]))
     for number in range(count):
-        token = choose(logits[0], temperature, top_k, generator)
+        token = choose(logits[0, :known], temperature, top_k, generator)
         yield token
         if number + 1 < count:
             with torch.no_grad(), autocast():
@@ -82,7 +90,7 @@ def replies(language: Any, tokenizer: Any, prompts: Sequence[Prompt], max_tokens
     with autocast():
         logits, cache = language.prefill(*stack(language, prompts))
         for number in range(room):
-            chosen = logits.argmax(-1)
+            chosen = logits[:, : tokenizer.size].argmax(-1)
             for row, token in enumerate(chosen.tolist()):
                 done[row] = done[row] or token in stops
                 if not done[row]:

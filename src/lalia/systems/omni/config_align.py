@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from lalia import sections
 from lalia.sections import ExternalModel, OptimizerConfig, ScheduleKind, Section
@@ -32,6 +33,15 @@ class ProjectorConfig(Section):
             raise ValueError(f"projector.hidden must be 0 or above, got {self.hidden}")
 
 
+class Frame(str, Enum):
+    """What stands around a recording. ``chat``: it is what the user says and its text what the assistant answers, in ChatML, as an
+    instructed language model knows it. ``plain``: the recording, BOS, its text. ``auto``: chat where the tokenizer has ChatML."""
+
+    auto = "auto"
+    chat = "chat"
+    plain = "plain"
+
+
 @dataclass
 class DataConfig(sections.DataConfig):
     """Recordings with their texts."""
@@ -52,7 +62,14 @@ class DecodeConfig(Section):
 
 @dataclass
 class Weights(Section):
-    loss_text: float = 1.0  # cross-entropy of the text, nats a token
+    """Of the two losses; with both, the projector spells and is understood."""
+
+    loss_text: float = 1.0  # cross-entropy of the text, nats a token; 0 spares the pass through the language model
+    loss_spelling: float = 0.0  # CTC: soft tokens spell the text in token embeddings; alone it finds the words in minutes
+
+    def __post_init__(self) -> None:
+        if self.loss_text < 0 or self.loss_spelling < 0 or not self.loss_text + self.loss_spelling:
+            raise ValueError("weights.loss_text and weights.loss_spelling must be 0 or above, and one of them above 0")
 
 
 @dataclass
@@ -83,6 +100,7 @@ class Config(sections.RunConfig):
 
     system: str = "omni-align"
     base: str = ""
+    frame: Frame = Frame.auto
     listen: ListenConfig = field(default_factory=ListenConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -46,7 +46,8 @@ class DataConfig(sections.DataConfig):
 
     batch_size: int = 8
     max_seconds: float = 30.0
-    features_mb: int = 1024  # what the frozen encoder said of a recording is kept in memory up to this size; 0 = never
+    features: str = ""  # folder filled by `lalia features whisper`; empty = `features` beside the first manifest; none = off
+    features_mb: int = 1024  # without them: what the encoder said of a recording is kept in memory up to this size; 0 = never
 
 
 @dataclass

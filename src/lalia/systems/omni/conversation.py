@@ -2,19 +2,21 @@
 
 The language model takes all soft tokens of a conversation before its text. A recording therefore stands before the text of its
 message as long as it belongs to the first one; where a conversation has several recordings, or one further down, the text of each
-message begins with ``[audio 1]``, ``[audio 2]`` … in the order of the soft tokens.
+message begins with ``[audio 1]``, ``[audio 2]`` … in the order of the soft tokens. With ChatML the mark that opens the first user
+message (and a system message) stands before the soft tokens: an instructed model then hears the recording as what the user says.
 
-A tokenizer of our own (bytes, BPE over bytes) marks roles by one control character each, which no text may hold; a tokenizer with
-ChatML's tokens uses them; any other gets the roles as words.
+A tokenizer with ChatML's tokens uses them; one that has a token for each control character (bytes, BPE over bytes) marks roles by
+one of these each; any other gets the roles as words. No text may hold what marks a role, nor another mark of the tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lalia.system import Message
+from lalia.systems.omni.tokenizers import plain
 
 ROLES = ("system", "user", "assistant")
 CONTROL = {"system": "\x01", "user": "\x02", "assistant": "\x03"}
@@ -28,11 +30,17 @@ class ConversationError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """How roles are written: ``open`` of a role, text, ``end``. ``reserved`` may not stand in a text."""
+    """How roles are written: ``open`` of a role, text, ``end``. ``reserved`` may not stand in a text. ``stop``: the first token of
+    ``end`` ends a reply by itself."""
 
     open: dict[str, str]
     end: str
     reserved: tuple[str, ...]
+    stop: bool = True
+
+    @property
+    def chatml(self) -> bool:
+        return self.open["user"].startswith(CHATML)
 
 
 def format_of(tokenizer: Any) -> Format:
@@ -40,21 +48,23 @@ def format_of(tokenizer: Any) -> Format:
     ends = tokenizer.encode(CHATML_END), tokenizer.encode(CHATML)
     if all(len(ids) == 1 for ids in ends):
         opening = {role: f"{CHATML}{role}\n" for role in ROLES}
-        return Format(opening, f"{CHATML_END}\n", (CHATML, CHATML_END))
+        return Format(opening, f"{CHATML_END}\n", tokenizer.marks)
     characters = [*CONTROL.values(), CONTROL_END]
     if len({tuple(tokenizer.encode(c)) for c in characters}) == len(characters) and all(
         len(tokenizer.encode(c)) == 1 for c in characters
     ):
-        return Format(dict(CONTROL), CONTROL_END, tuple(characters))
-    return Format({role: f"{role.capitalize()}: " for role in ROLES}, "\n\n", ())
+        return Format(dict(CONTROL), CONTROL_END, (*characters, *tokenizer.marks))
+    return Format({role: f"{role.capitalize()}: " for role in ROLES}, "\n\n", tokenizer.marks, stop=False)
 
 
 @dataclass
 class Encoded:
-    """``tokens`` from BOS on, ``learnt``: whether each is the assistant's (its text, the end of it and nothing else)."""
+    """``tokens`` and ``learnt``: whether each is the assistant's (its text, the end of it and nothing else). ``opening``: what
+    stands before the recordings, if there are any; ``tokens`` then go on after them."""
 
     tokens: list[int]
     learnt: list[bool]
+    opening: list[int] = field(default_factory=list)
 
 
 def check(messages: Sequence[Message], max_audios: int) -> None:
@@ -76,13 +86,20 @@ def check(messages: Sequence[Message], max_audios: int) -> None:
 
 
 def encode(messages: Sequence[Message], tokenizer: Any, *, reply: bool = False) -> Encoded:
-    """Messages → tokens. ``reply`` opens the assistant's turn for the model to go on; else every assistant turn is learnt."""
+    """Messages → tokens. ``reply`` opens the assistant's turn for the model to go on; else every assistant turn is learnt.
+
+    BOS stands first, once: where it opens a role too (SmolLM2's is ``<|im_start|>``), the first role brings it.
+    """
     shape = format_of(tokenizer)
     texts = marked(messages)
-    encoded = Encoded([tokenizer.bos], [False])
+    opened = tokenizer.encode(shape.open[messages[0].role])[:1] == [tokenizer.bos]
+    encoded = Encoded([], []) if opened else Encoded([tokenizer.bos], [False])
+    waiting = shape.chatml and any(message.audio for message in messages)
     for message, text in zip(messages, texts, strict=True):
         learnt = message.role == "assistant"
         _append(encoded, tokenizer.encode(shape.open[message.role]), False)
+        if waiting and message.role == "user":
+            encoded, waiting = Encoded([], [], encoded.tokens), False
         _append(encoded, tokenizer.encode(harmless(text, shape)), learnt)
         _append(encoded, tokenizer.encode(shape.end), learnt)
     if reply:
@@ -110,19 +127,17 @@ def marked(messages: Sequence[Message]) -> list[str]:
 
 
 def harmless(text: str, shape: Format) -> str:
-    """``text`` with nothing that would count as the mark of a role: a control character becomes a space, ``<|…`` is taken apart."""
-    for mark in shape.reserved:
-        text = text.replace(mark, " " if len(mark) == 1 else mark.replace("<|", "< |"))
-    return text
+    """``text`` with nothing that would count as the mark of a role, see :func:`lalia.systems.omni.tokenizers.plain`."""
+    return plain(text, shape.reserved)
 
 
 def stops(tokenizer: Any) -> list[int]:
     """Tokens that end a reply: the first of the end mark where that is a token of its own, and the tokenizer's end."""
     shape = format_of(tokenizer)
-    return sorted({tokenizer.eos, *([tokenizer.encode(shape.end)[0]] if shape.reserved else [])})
+    return sorted({tokenizer.eos, *([tokenizer.encode(shape.end)[0]] if shape.stop else [])})
 
 
 def stop_text(tokenizer: Any) -> str:
     """Text that ends a reply where no single token does; '' otherwise."""
     shape = format_of(tokenizer)
-    return "" if shape.reserved else shape.end
+    return "" if shape.stop else shape.end

@@ -46,7 +46,15 @@ def describe_base(base: str) -> dict[str, Any]:
     if missing:
         raise BaseError(f"base: {folder} is neither a run folder nor a model's: it lacks {' and '.join(missing)}; {_ADVICE}")
     language = describe_language(ExternalModel(source=str(folder)))
-    return {"kind": HF, "language": language, "tokenizer": HfTokenizer.from_folder(folder).to_dict(), "origin": str(folder)}
+    tokenizer = HfTokenizer.from_folder(folder)
+    known = int(language["vocab"])
+    if tokenizer.size > known:
+        raise BaseError(
+            f"base: the tokenizer in {folder} has {tokenizer.size} tokens, its language model knows {known}: they do not belong"
+            " together. Put the model's own tokenizer.json and tokenizer_config.json there; if you added tokens, give the model a"
+            f" place for each and train them (transformers: model.resize_token_embeddings({tokenizer.size}))"
+        )
+    return {"kind": HF, "language": language, "tokenizer": tokenizer.to_dict(), "origin": str(folder)}
 
 
 _ADVICE = (

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lalia.nn.gpt import shift_right
 from lalia.pretrained import PretrainedError, load_causal_lm, resolve
@@ -23,7 +25,8 @@ class LanguageModel(Protocol):
     """A decoder that takes soft tokens (audio) before its text. Rows of unlike length do not disturb each other.
 
     ``tokens`` int64 [B, L] and ``prefix`` [B, P, W] are filled up at the end; ``lengths`` and ``prefix_lengths`` [B] say how much
-    of each row counts (None = all of it). The prefix may have any scale: the model gives it that of its token embeddings.
+    of each row counts (None = all of it). The prefix is in the space of :meth:`embed` and may hold embeddings of tokens as well as
+    audio; :class:`lalia.systems.omni.projector.Projector` gives soft tokens the scale that embeddings have.
     """
 
     width: int
@@ -63,8 +66,8 @@ def describe_language(config: ExternalModel, offline: bool = False) -> dict[str,
         settings = json.loads(model.config.to_json_string())
     else:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _causal(settings, config.source)
-    return {"config": {key: value for key, value in settings.items() if not key.startswith("_")}}
+    vocab = int(_causal(settings, config.source).vocab_size)
+    return {"config": {key: value for key, value in settings.items() if not key.startswith("_")}, "vocab": vocab}
 
 
 def _causal(settings: Mapping[str, Any], source: str) -> Any:
@@ -92,14 +95,9 @@ class HfCache:
 class HfLanguage(nn.Module):
     """A Hugging Face causal language model (SmolLM2, Qwen2, Llama …) as a :class:`LanguageModel`.
 
-    Such models do not norm their embeddings, so the prefix is brought to the root mean square that this model's token embeddings
-    have on average (``scale``, taken from the table when weights are loaded).
-
     Args:
         description: as :func:`describe_language` makes it.
     """
-
-    scale: Tensor
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
@@ -111,19 +109,11 @@ class HfLanguage(nn.Module):
         self.width: int = config.hidden_size
         self.vocab: int = config.vocab_size
         self.context: int = config.max_position_embeddings
-        self.register_buffer("scale", torch.ones(()))
-        self._measure()
 
     def load(self, config: ExternalModel, offline: bool = False) -> None:
         """Take the weights of ``config``, the source that the description was made of. PretrainedError when it cannot be had,
         RuntimeError when it has other shapes."""
         self.model.load_state_dict(load_causal_lm(config, offline).state_dict())
-        self._measure()
-
-    @torch.no_grad()
-    def _measure(self) -> None:
-        table = self.model.get_input_embeddings().weight.float()
-        self.scale.copy_(table.square().mean().sqrt())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, L] → [B, L, W]."""
@@ -142,7 +132,8 @@ class HfLanguage(nn.Module):
             ValueError: a row longer than ``context``, a prefix of another width, lengths without their values.
         """
         inputs = self._prompt(tokens, lengths, prefix, prefix_lengths)
-        return self.model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits.float()
+        with _attention(inputs["inputs_embeds"]):
+            return self.model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits.float()
 
     @torch.no_grad()
     def prefill(
@@ -194,8 +185,7 @@ class HfLanguage(nn.Module):
         start = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         if prefix_lengths is not None:
             prefix, start = shift_right(prefix, prefix_lengths)
-        normed = F.rms_norm(prefix.to(embedded.dtype), (self.width,)) * self.scale.to(embedded.dtype)
-        embedded = torch.cat([normed, embedded], dim=1)
+        embedded = torch.cat([prefix.to(embedded.dtype), embedded], dim=1)
         before, total = prefix.shape[1], embedded.shape[1]
         end = torch.full_like(start, total) if lengths is None else lengths.to(start) + before
         self._check_room(int((end - start).max()) if total > self.context else total)
@@ -210,3 +200,10 @@ class HfLanguage(nn.Module):
                 f"{used} positions of audio and text, but the language model has a context of {self.context}: shorten the audio"
                 " or the text, or stack more frames in the projector"
             )
+
+
+def _attention(embedded: Tensor) -> AbstractContextManager[None]:
+    """On a CPU the fused attention kernel's backward pass is slower than that of the plain formula, by half again in bf16."""
+    if embedded.device.type != "cpu" or not embedded.requires_grad:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)

@@ -70,11 +70,6 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if ADAPTER in name]
 
 
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name → tensor of the adapters alone: what a training on the same base has to hand on."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ADAPTER in name}
-
-
 def renamed(weights: Mapping[str, Tensor], wrapped: list[str]) -> dict[str, Tensor]:
     """Weights of the model before :func:`add_lora` under the names that they have after it."""
     layers = set(wrapped)

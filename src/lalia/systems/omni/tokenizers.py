@@ -15,11 +15,13 @@ SPECIAL_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
 class Tokenizer(Protocol):
-    """``size`` tokens, of which ``bos`` stands before each document and ``eos`` ends a text (ours: the mark of the next one)."""
+    """``size`` tokens, of which ``bos`` stands before each document and ``eos`` ends a text (ours: the mark of the next one).
+    ``marks``: strings that :meth:`encode` reads as a mark wherever they stand (ours: none)."""
 
     size: int
     bos: int
     eos: int
+    marks: tuple[str, ...]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of ``text``, without ``bos``."""
@@ -38,6 +40,7 @@ class ByteTokenizer:
     """UTF-8 bytes 0 … 255 and the document mark 256: 257 tokens, and no text that it cannot hold."""
 
     size, bos, eos = BYTES + 1, BYTES, BYTES
+    marks: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -60,6 +63,7 @@ class BpeTokenizer:
         self._library = Library.from_str(json.dumps(self.model))
         self.bos = self.eos = self._library.get_vocab_size()
         self.size = self.bos + 1
+        self.marks: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -74,8 +78,8 @@ class BpeTokenizer:
 class HfTokenizer:
     """The ``tokenizer.json`` of a Hugging Face folder. ``bos`` is its beginning mark, or its end mark where it has none (Qwen).
 
-    :meth:`encode` reads marks that stand in the text as such (``<|im_end|>`` is one token): who encodes a stranger's text makes it
-    harmless first.
+    :meth:`encode` reads marks that stand in the text as such (``<|im_end|>`` is one token): who encodes a stranger's text takes
+    them apart first, by :func:`plain`.
     """
 
     def __init__(self, model: Mapping[str, Any], bos: int, eos: int) -> None:
@@ -83,11 +87,14 @@ class HfTokenizer:
 
         self.model, self.bos, self.eos = dict(model), bos, eos
         self._library = Library.from_str(json.dumps(self.model))
-        self.size = self._library.get_vocab_size(with_added_tokens=True)
+        self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())  # numbers may have gaps
+        self.marks = tuple(str(item["content"]) for item in self.model.get("added_tokens", []))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> HfTokenizer:
         """ValueError when the folder has no ``tokenizer.json``, or nothing says which token ends a text."""
+        from tokenizers import Tokenizer as Library
+
         folder = Path(folder)
         path = folder / SPECIAL_FILE
         if not path.is_file():
@@ -95,9 +102,9 @@ class HfTokenizer:
         model = json.loads(path.read_text(encoding="utf-8"))
         settings = _json_of(folder / SETTINGS_FILE)
         marks = {name: _content(settings.get(f"{name}_token")) for name in ("bos", "eos")}
-        numbers = {item["content"]: int(item["id"]) for item in model.get("added_tokens", [])}
-        config = _json_of(folder / "config.json")
-        found = {name: numbers.get(mark, _number(config.get(f"{name}_token_id"))) for name, mark in marks.items()}
+        known, config = Library.from_str(json.dumps(model)), _json_of(folder / "config.json")
+        numbers = {name: known.token_to_id(mark) if mark else None for name, mark in marks.items()}
+        found = {name: _number(config.get(f"{name}_token_id")) if numbers[name] is None else numbers[name] for name in marks}
         eos = found["eos"] if found["eos"] is not None else found["bos"]
         if eos is None:
             raise ValueError(f"{folder}: neither {SETTINGS_FILE} (eos_token) nor config.json (eos_token_id) names the end mark")
@@ -111,6 +118,14 @@ class HfTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "hf", "model": self.model, "bos": self.bos, "eos": self.eos}
+
+
+def plain(text: str, marks: Iterable[str]) -> str:
+    """``text`` with nothing in it that counts as one of ``marks``: of one character becomes a space, a longer one is taken apart
+    (``<|im_end|>`` → ``< |im_end|>``)."""
+    for mark in marks:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}" if len(mark) > 1 else " ")
+    return text
 
 
 def _json_of(path: Path) -> dict[str, Any]:
