@@ -17,6 +17,7 @@ from lalia import checkpoint
 from lalia.cache import ShardStore, fill, whisper_store
 from lalia.config import load_run_config
 from lalia.data import BadRow, Corpus, Row
+from lalia.logs import read_metrics
 from lalia.nn.gpt import Gpt
 from lalia.runfolder import RunFolder
 from lalia.system import Clock
@@ -133,6 +134,32 @@ def test_it_learns_which_clip_says_what(folder) -> None:
     waves = [soundfile.read(row.audio, dtype="float32")[0] for row in rows]
     assert [text[:4] for text in system.transcribe(waves)] == [row.text[:4] for row in rows]
     assert system.transcribe(waves[::-1]) == system.transcribe(waves)[::-1]
+
+
+def test_first_steps_by_spelling_alone_spare_the_language_model(folder, monkeypatch) -> None:
+    passes = []
+    read = Gpt.forward
+    monkeypatch.setattr(Gpt, "forward", lambda self, *given: passes.append(torch.is_grad_enabled()) or read(self, *given))
+    monkeypatch.setattr("lalia.systems.omni.align.OmniAlign._certify", lambda *_: None)
+    given = {"weights__loss_spelling": 1, "projector__stack": 1, "optimizers__main__lr": 0.01, "spelling_steps": 8}
+    run = folder / "spells"
+    train(config(folder, **given, train__steps=12, train__eval_every=4), run)
+    assert sum(passes) == 4 and len(passes) == 4 + 2 * 3, "four steps of training, and three validations of two batches"
+    rows = read_metrics(run / "metrics.csv")
+    spelled = [float(row["loss/main/spelling"]) for row in rows if row["split"] == "eval"]
+    assert spelled[-1] < spelled[0] and all(row["loss/main/text"] for row in rows if row["split"] == "eval")
+    assert [bool(row["loss/main/text"]) for row in rows if row["split"] == "train"] == [False] * 8 + [True] * 4
+    assert {row["spelling/left_out"] for row in rows if row["split"] == "train"} == {"0"}
+
+
+def test_texts_too_long_to_be_spelled_are_counted(folder) -> None:
+    made = config(folder, weights__loss_spelling=1, projector__stack=8)
+    system = OmniAlign(made, OmniAlign.make_tables(made, None))
+    system.load_external()
+    rows = rows_of(folder)[:2]
+    rows[1].text = "a"
+    system.losses(batch_of(system, rows), Clock())
+    assert float(system.scalars()["spelling/left_out"]) == pytest.approx(1 - 1 / (1 + len(rows[0].text)))
 
 
 def test_cached_features_give_the_same_loss(folder, system) -> None:
@@ -384,6 +411,7 @@ def test_configuration_is_checked(folder) -> None:
         ("projector__stack", 9, "1 … 8"),
         ("listen__layers", "all", "all"),
         ("listen__numbers", "[7]", "0 … 2"),
+        ("spelling_steps", 5, "needs weights.loss_spelling above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             made = config(folder, **{key: value, **({"listen__layers": "index"} if "numbers" in key else {})})

@@ -94,7 +94,12 @@ class OmniAlign(System):
 
     Config = settings.Config
     best_metric = "loss/main/text"
-    headline: ClassVar[dict[str, str]] = {"loss": "loss/main/text", "R@1": "align/retrieval@1", "CKA": "align/cka"}
+    headline: ClassVar[dict[str, str]] = {
+        "loss": "loss/main/text",
+        "spelling": "loss/main/spelling",
+        "R@1": "align/retrieval@1",
+        "CKA": "align/cka",
+    }
     config: settings.Config
 
     def __init__(self, config: settings.Config, tables: Mapping[str, Any]) -> None:
@@ -109,6 +114,7 @@ class OmniAlign(System):
         self.spelling = Spelling(self.language.width) if config.weights.loss_spelling else None
         self.store = feature_store(config.data, tables["listener"])
         self.certificate: Certificate | None = None
+        self.unspelled: Tensor | None = None  # share of the last batch's text that does not fit into its soft tokens
         self.train(self.training)
 
     @classmethod
@@ -202,7 +208,7 @@ class OmniAlign(System):
         if isinstance(self.meter, Agreement):
             self.meter.add(*self._pooled(batch, soft, counts), batch.texts)
         found = {"loss_spelling": self._spelled(batch, soft, counts, clock)} if self.spelling is not None else {}
-        if clock.training and not self.config.weights.loss_text:
+        if clock.training and clock.step < self.config.spelling_steps:
             return found
         return {"loss_text": self._read(batch, *self.framed(soft, counts), clock), **found}
 
@@ -222,7 +228,11 @@ class OmniAlign(System):
         generator = torch.Generator().manual_seed(clock.seed * 1_000_003 + clock.step)
         chosen, places = candidates(texts, lengths, self.tokenizer.size, generator)
         total, count = self.spelling(soft, counts, places, lengths, self.language.embed(chosen[None])[0])
+        self.unspelled = 1 - count.detach() / lengths.sum()
         return total / dist.average(count).clamp_min(1)
+
+    def scalars(self) -> dict[str, float | Tensor]:
+        return {} if self.unspelled is None else {"spelling/left_out": self.unspelled}
 
     def _certify(self, batch: Batch, prefix: Tensor, counts: Tensor) -> None:
         """Before the first step of this process: GradientPathError, with the reasons, when the projector could not learn."""
