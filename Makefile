@@ -9,7 +9,7 @@ PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.lalia-installed
-EXTRAS := dev,asr,synth,bench,serve,lora
+EXTRAS := dev,asr,synth,bench,serve,lora,gguf
 MODEL ?= runs/demo
 PORT ?= 7860
 

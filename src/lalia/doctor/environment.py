@@ -26,6 +26,7 @@ EXTRAS: dict[str, list[str]] = {
     "bench": ["monotonic_alignment_search"],
     "serve": ["fastapi", "uvicorn", "python_multipart", "gradio"],
     "lora": ["peft"],
+    "gguf": ["gguf"],
     "wandb": ["wandb"],
 }
 AV_CODECS = ["g722", "opus", "aac", "mp3"]

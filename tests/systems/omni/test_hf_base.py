@@ -92,7 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "lm", root / "kept")
     train(align_config(root, root / "lm", **{"train.steps": 30}), root / "aligned")
     (root / "lm").rename(root / "away")
-    train(chat_config(root, **{"train.steps": 40}), root / "chat")
+    train(chat_config(root, **{"train.steps": 120}), root / "chat")
     (root / "aligned").rename(root / "aligned-away")
     return root
 
@@ -109,7 +109,7 @@ def chat_config(root: Path, **overrides: Any) -> Any:
     rows = [instruction(row, answer) for row, answer in zip(corpus_rows(root), ("yes", "no"), strict=False)]
     write_manifest(root / "chat.jsonl", rows)
     items = ["system=omni-chat", f"align={root / 'aligned'}", f"data.train=[{root / 'chat.jsonl'}]", "model.lora.rank=4", *TRAIN]
-    items += ["data.batch_size=2", "optimizers.main.lr=0.02", "optimizers.main.warmup_steps=0", "train.save_every=40"]
+    items += ["data.batch_size=2", "optimizers.main.lr=0.01", "optimizers.main.warmup_steps=0", "train.save_every=120"]
     return load_run_config(None, [*items, *(f"{key}={value}" for key, value in overrides.items())])
 
 

@@ -216,10 +216,11 @@ class OmniAlign(System):
         """Cross-entropy of the text after the framed recording, nats a token."""
         if clock.training and self.certificate is None:
             self._certify(batch, prefix, counts)
+        wanted = batch.targets != IGNORED
         with self.autocast():
-            logits = self.language(batch.tokens, batch.lengths, prefix, counts)
-        total = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / dist.average((batch.targets != IGNORED).sum()).clamp_min(1)
+            logits = self.language(batch.tokens, batch.lengths, prefix, counts, wanted)
+        total = F.cross_entropy(logits.float(), batch.targets[wanted], reduction="sum")
+        return total / dist.average(wanted.sum()).clamp_min(1)
 
     def _spelled(self, batch: Batch, soft: Tensor, counts: Tensor, clock: Clock) -> Tensor:
         """CTC of the text's tokens among as many others, nats a token."""

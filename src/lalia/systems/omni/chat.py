@@ -43,6 +43,7 @@ TRANSCRIBE_TOKENS = 400
 TOGETHER = 8
 #: of the earlier run: where its data lay and how it was trained says nothing about its networks
 UNUSED = ("data.", "train.", "dist.")
+LETTERS_PER_TOKEN = 4  # about, of English in a language model's vocabulary
 SAMPLES_LEAST = 400  # 25 ms: one frame of the encoder
 
 
@@ -121,9 +122,10 @@ class OmniChat(System):
         return ""
 
     def length(self, row: Row) -> float:
-        """Seconds of sound and a share for the text, so that batches are of like length."""
+        """Seconds of sound and what the text would take of them, so that batches are of like length."""
         letters = sum(len(str(message.get("text", ""))) for message in row.extra["messages"])
-        return float(row.duration) + letters / 100
+        sounds = row.duration + sum(float(other["duration"]) for other in row.extra.get("others", []))
+        return sounds + letters / LETTERS_PER_TOKEN * self.stack / FRAMES_PER_SECOND
 
     def prepare(self, row: Row, clock: Clock) -> Example:
         example = read_example(row, self.tokenizer, self.config.model, self.store)
@@ -186,10 +188,10 @@ class OmniChat(System):
         clips = self._clips(batch)
         with self.autocast():
             prefix = stack_soft(self.soft_tokens(clips, batch.openings), self.language.width, batch.tokens.device)
-            logits = self.language(batch.tokens[:, :-1], (batch.lengths - 1).clamp_min(1), *prefix)
-        wanted = batch.tokens[:, 1:].masked_fill(~batch.learnt[:, 1:], -1)
-        total = functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum")
-        return {"loss_text": total / dist.average((wanted >= 0).sum()).clamp_min(1)}
+            wanted = batch.learnt[:, 1:]
+            logits = self.language(batch.tokens[:, :-1], (batch.lengths - 1).clamp_min(1), *prefix, wanted)
+        total = functional.cross_entropy(logits.float(), batch.tokens[:, 1:][wanted], reduction="sum")
+        return {"loss_text": total / dist.average(wanted.sum()).clamp_min(1)}
 
     def _clips(self, batch: Batch) -> list[list[Tensor]]:
         """Features [T, D] of each row's recordings, stored or heard now."""

