@@ -140,3 +140,9 @@ def test_the_stages_of_omni_name_each_other_and_no_base_is_random() -> None:
     assert align["spelling_steps"] < align["train"].steps and align["weights"].loss_spelling > 0
     assert chat["align"] == "runs/align" and align["data"].features == chat["data"].features == "data/features"
     assert parameters(build(load_run_config(OMNI / "base-tiny.yaml"))) < 5
+
+
+def test_commands_in_comments_name_their_manifests_one_by_one() -> None:
+    """``data/x/*.jsonl`` would take the rejected.jsonl that stands there, which is no manifest."""
+    for path in CONFIGS:
+        assert "*.jsonl" not in path.read_text(encoding="utf-8"), path

@@ -175,6 +175,17 @@ def test_the_text_alone_tells_nothing() -> None:
         assert hits / 120 < 0.25 + 4 * (0.25 * 0.75 / 120) ** 0.5, kind
 
 
+def test_texts_that_stand_together_are_of_like_length_one_without_words_too() -> None:
+    rows = [row for row in clips(60, "t")]
+    for number, row in enumerate(rows):
+        row.text, row.language = " ".join(f"w{number}" for _ in range(number % 12)) or "…", "en"
+    maker = Questioner(rows, {}, *(length_ranges([1, 2, 3, 4]), word_ranges([1, 2, 3, 4])), seed=1)
+    for words in (0, 3, 11):
+        counts = {len(words_of(row.text)) for row in maker._pool("English", words)}
+        assert counts == {n for n in range(12) if abs(n - words) <= 0.34 * max(n, words)}
+    assert len(maker._pool("English", None)) == 60
+
+
 def test_made_sounds_are_what_they_are_called() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):

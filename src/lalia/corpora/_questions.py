@@ -124,7 +124,7 @@ class Questioner:
         self.by_gender = _grouped(self.clips, lambda row: str(row.extra.get("gender", "")))
         self.by_words = _grouped(self.clips, lambda row: self.words.name(len(words_of(row.text))))
         self.by_length = _grouped(self.clips, lambda row: self.lengths.name(row.duration))
-        self.pools: dict[tuple[str, int], list[Row]] = {}  # see _pool
+        self.pools: dict[tuple[str, int | None], list[Row]] = {}  # see _pool
         self.used: set[tuple[str, ...]] = set()
 
     def draw(self, kind: str, choice: bool) -> Item:
@@ -160,7 +160,7 @@ class Questioner:
         """Four clips of one language that differ in what is asked; then one of them."""
         for _ in range(TRIES):
             seed = self.random.choice(self.clips)
-            pool = self._pool(_language(seed), len(words_of(seed.text)) if like else 0)
+            pool = self._pool(_language(seed), len(words_of(seed.text)) if like else None)
             chosen: dict[str, Row] = {}
             for row in self.random.sample(pool, min(len(pool), 40)):
                 name = text_of(row)
@@ -171,11 +171,11 @@ class Questioner:
                     return self._item(kind, [chosen[answer]], answer, list(chosen))
         raise NotEnough(f"{kind}: no four clips of one language that differ")
 
-    def _pool(self, language: str, words: int) -> list[Row]:
-        """Clips of a language with texts of about so many words, 0 = any."""
+    def _pool(self, language: str, words: int | None) -> list[Row]:
+        """Clips of a language with texts of about so many words, None = any."""
         if (language, words) not in self.pools:
             rows = self.by_language.get(language, [])
-            self.pools[language, words] = [row for row in rows if not words or _alike(len(words_of(row.text)), words)]
+            self.pools[language, words] = [row for row in rows if words is None or _alike(len(words_of(row.text)), words)]
         return self.pools[language, words]
 
     def _sound(self, choice: bool) -> Item:

@@ -33,6 +33,7 @@ from lalia.systems.omni.certificate import GradientPathError
 from lalia.systems.omni.chat import OmniChat
 from lalia.systems.omni.config_align import Frame
 from lalia.systems.omni.foundation import BaseError, describe_base
+from lalia.systems.omni.language import HfLanguage
 from lalia.systems.omni.listen import describe_listener
 from lalia.systems.omni.tokenizers import ByteTokenizer, HfTokenizer
 from lalia.train import train
@@ -265,6 +266,26 @@ def test_a_recording_is_framed_as_what_the_user_says(root: Path, chat: OmniChat)
     before = words.encode(f"{START}system\nBe brief.{END}\n{START}user\n")
     assert prompt.soft is not None and torch.equal(prompt.soft[: len(before)], table(torch.tensor(before)))
     assert prompt.tokens == [*words.encode("What?"), *closing]
+
+
+def test_the_certificate_is_about_the_recording_not_its_frame(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model that hears the frame's opening and no audio has no gradient path."""
+    system = OmniAlign(align_config(root, root / "kept"), OmniAlign.make_tables(align_config(root, root / "kept"), None))
+    system.load_external()
+    batch = system.collate([system.prepare(row, Clock()) for row in corpus_rows(root)[:2]])
+    system.losses(batch, Clock())
+    assert system.certificate is not None and system.certificate.ok
+    read, opening = HfLanguage.forward, len(system.opening)
+
+    def deaf(self: HfLanguage, tokens: Any, lengths: Any, prefix: Any = None, counts: Any = None, wanted: Any = None) -> Any:
+        if prefix is not None:
+            prefix, counts = prefix[:, :opening], counts.clamp_max(opening)
+        return read(self, tokens, lengths, prefix, counts, wanted)
+
+    monkeypatch.setattr(HfLanguage, "forward", deaf)
+    system.certificate = None
+    with pytest.raises(GradientPathError, match=r"∂loss/∂audio\| = 0 on 0 %"):
+        system.losses(batch, Clock())
 
 
 def test_stored_features_are_what_is_heard(root: Path, tmp_path: Path) -> None:

@@ -227,7 +227,8 @@ def test_a_random_base_is_refused(folder, tmp_path) -> None:
         describe_base(str(fresh))
 
 
-def test_a_base_that_was_never_trained_fails_the_certificate_in_training(folder, tmp_path) -> None:
+@pytest.mark.parametrize("first", [{}, {"weights__loss_spelling": 1, "spelling_steps": 3}], ids=["text", "spelling"])
+def test_a_base_that_was_never_trained_fails_the_certificate_in_training(folder, tmp_path, first) -> None:
     random = tmp_path / "random"
     RunFolder(random).create()
     for name in ("config.yaml", "tables.json"):
@@ -236,7 +237,7 @@ def test_a_base_that_was_never_trained_fails_the_certificate_in_training(folder,
     network = Gpt(made["model"].gpt(257))
     checkpoint.save_set(random, 5, {f"model.{name}": value for name, value in network.state_dict().items()}, {}, {})
     with pytest.raises(GradientPathError, match=r"∂loss/∂audio\| = 0 (?s:.*)zero-init(?s:.*)chance is 5.55"):
-        train(config(folder, base=random), tmp_path / "run")
+        train(config(folder, base=random, **first), tmp_path / "run")
 
 
 def test_our_gpt_at_random_has_no_gradient_and_after_training_has(folder, system) -> None:

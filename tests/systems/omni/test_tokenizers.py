@@ -16,6 +16,7 @@ from lalia.systems.omni.tokenizers import (
     ByteTokenizer,
     HfTokenizer,
     build_tokenizer,
+    plain,
     tokenizer_from_dict,
     train_bpe,
 )
@@ -94,6 +95,14 @@ def test_a_folder_without_a_beginning_mark_uses_its_end(tmp_path: Path, bpe: Bpe
     assert tokenizer.bos == tokenizer.eos == bpe.bos + 1 and tokenizer.size == bpe.bos + 2
     ids = tokenizer.encode("the<|end|>")
     assert ids[-1] == tokenizer.eos and tokenizer.decode(ids) == "the"
+
+
+def test_added_tokens_of_spaces_are_no_marks(tmp_path: Path, bpe: BpeTokenizer) -> None:
+    model = json.loads((folder(tmp_path, bpe) / "tokenizer.json").read_text(encoding="utf-8"))
+    shape = model["added_tokens"][0] | {"special": False, "normalized": True}
+    model["added_tokens"] += [shape | {"id": 300 + n, "content": " " * n} for n in (2, 3, 4)]
+    marks = HfTokenizer(model, 1, 2).marks
+    assert marks == ("<|begin|>", "<|end|>") and plain("the  cat<|end|>", marks) == "the  cat< |end|>"
 
 
 def test_a_folder_that_names_no_end_is_refused(tmp_path: Path, bpe: BpeTokenizer) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -207,15 +207,15 @@ class OmniAlign(System):
             soft, counts = self.soft_tokens(batch)
         if isinstance(self.meter, Agreement):
             self.meter.add(*self._pooled(batch, soft, counts), batch.texts)
+        if clock.training and self.certificate is None:  # also where spelling_steps come first: a bad base is not told after them
+            self._certify(batch, soft, counts)
         found = {"loss_spelling": self._spelled(batch, soft, counts, clock)} if self.spelling is not None else {}
         if clock.training and clock.step < self.config.spelling_steps:
             return found
-        return {"loss_text": self._read(batch, *self.framed(soft, counts), clock), **found}
+        return {"loss_text": self._read(batch, *self.framed(soft, counts)), **found}
 
-    def _read(self, batch: Batch, prefix: Tensor, counts: Tensor, clock: Clock) -> Tensor:
+    def _read(self, batch: Batch, prefix: Tensor, counts: Tensor) -> Tensor:
         """Cross-entropy of the text after the framed recording, nats a token."""
-        if clock.training and self.certificate is None:
-            self._certify(batch, prefix, counts)
         wanted = batch.targets != IGNORED
         with self.autocast():
             logits = self.language(batch.tokens, batch.lengths, prefix, counts, wanted)
@@ -229,16 +229,16 @@ class OmniAlign(System):
         generator = torch.Generator().manual_seed(clock.seed * 1_000_003 + clock.step)
         chosen, places = candidates(texts, lengths, self.tokenizer.size, generator)
         total, count = self.spelling(soft, counts, places, lengths, self.language.embed(chosen[None])[0])
-        self.unspelled = 1 - count.detach() / lengths.sum()
+        self.unspelled = 1 - count.detach() / lengths.sum().clamp_min(1)
         return total / dist.average(count).clamp_min(1)
 
     def scalars(self) -> dict[str, float | Tensor]:
         return {} if self.unspelled is None else {"spelling/left_out": self.unspelled}
 
-    def _certify(self, batch: Batch, prefix: Tensor, counts: Tensor) -> None:
+    def _certify(self, batch: Batch, soft: Tensor, counts: Tensor) -> None:
         """Before the first step of this process: GradientPathError, with the reasons, when the projector could not learn."""
-        case = Case(batch.tokens, batch.targets, batch.lengths, prefix.detach(), counts)
-        self.certificate = certify(self.language, case, self.autocast_dtype)
+        case = Case(batch.tokens, batch.targets, batch.lengths, soft.detach(), counts)
+        self.certificate = certify(_Framed(self), case, self.autocast_dtype)
         if not self.certificate.ok:
             raise GradientPathError(self.certificate.text())
         log.info("gradient path: %s", self.certificate.text())
@@ -320,6 +320,20 @@ class OmniAlign(System):
                 break
             logits, cache = self.language.step(chosen, cache)
         return said
+
+
+class _Framed(nn.Module):
+    """The language model with the opening before every recording, so that a certificate is about the recordings alone."""
+
+    def __init__(self, system: OmniAlign) -> None:
+        super().__init__()
+        self.language, self._framed = system.language, system.framed
+
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None, prefix: Tensor | None = None, prefix_lengths: Tensor | None = None
+    ) -> Tensor:
+        framed = (prefix, prefix_lengths) if prefix is None or prefix_lengths is None else self._framed(prefix, prefix_lengths)
+        return self.language(tokens, lengths, *framed)
 
 
 def frame_of(frame: settings.Frame, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -88,7 +88,8 @@ class HfTokenizer:
         self.model, self.bos, self.eos = dict(model), bos, eos
         self._library = Library.from_str(json.dumps(self.model))
         self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())  # numbers may have gaps
-        self.marks = tuple(str(item["content"]) for item in self.model.get("added_tokens", []))
+        added = [str(item["content"]) for item in self.model.get("added_tokens", [])]
+        self.marks = tuple(mark for mark in added if mark.strip())  # spaces side by side (GPT-NeoX, Phi) are text
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> HfTokenizer:
