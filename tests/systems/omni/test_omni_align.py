@@ -24,6 +24,7 @@ from lalia.systems.omni import measures
 from lalia.systems.omni.align import OmniAlign
 from lalia.systems.omni.certificate import Case, GradientPathError, certify
 from lalia.systems.omni.foundation import BaseError, describe_base
+from lalia.systems.omni.sampling import greedy
 from lalia.train import train
 
 TRAIN = ["train.device=cpu", "train.threads=1", "train.log_every=1", "data.workers=0"]
@@ -299,7 +300,8 @@ def test_greedy_through_the_cache_is_greedy_without(folder, system) -> None:
     with torch.no_grad():
         for _ in range(12):
             tokens.append(int(system.language(torch.tensor([tokens]), None, soft, counts)[0, -1, :257].argmax()))
-    found = system._greedy(soft.detach(), counts, 12)[0]
+    bos = torch.tensor([[system.tokenizer.bos]])
+    found = greedy(system.language, (bos, None, soft.detach(), counts), {256}, 12, 257)[0]
     ended = tokens[1:].index(256) if 256 in tokens[1:] else 12
     assert found == tokens[1 : ended + 1]
 

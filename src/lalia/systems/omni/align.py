@@ -30,6 +30,7 @@ from lalia.systems.omni.certificate import IGNORED, Case, Certificate, GradientP
 from lalia.systems.omni.foundation import build_language, describe_base, load_base
 from lalia.systems.omni.listen import RATE, Listener, describe_listener, frames_of
 from lalia.systems.omni.projector import Projector
+from lalia.systems.omni.sampling import greedy
 from lalia.systems.omni.spelling import Spelling, candidates
 from lalia.systems.omni.stored import feature_store, refuse_other_features
 from lalia.systems.omni.tokenizers import plain, tokenizer_from_dict
@@ -300,26 +301,11 @@ class OmniAlign(System):
             heard = self.listener.hear(pad_sequence(tensors, batch_first=True).to(device), lengths)
             prefix, counts = self.framed(*self.project(heard))
             limit = self.config.decode.least + int(self.config.decode.tokens_per_second * int(lengths.max()) / RATE)
-            return [self.tokenizer.decode(ids).strip() for ids in self._greedy(prefix, counts, limit)]
-
-    def _greedy(self, prefix: Tensor, counts: Tensor, limit: int) -> list[list[int]]:
-        """The most probable tokens after the recording, row by row until EOS, ``limit`` tokens or the end of the context."""
-        ends = {self.tokenizer.eos, self.tokenizer.bos}
-        said: list[list[int]] = [[] for _ in counts]
-        done = [False] * len(said)
-        closing = torch.tensor([self.closing], device=prefix.device).expand(len(said), -1)
-        logits, cache = self.language.prefill(closing, None, prefix, counts)
-        room = min(limit, self.context - int(counts.max()) - len(self.closing))
-        for number in range(room):
-            chosen = logits[:, : self.tokenizer.size].argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                done[row] = done[row] or token in ends
-                if not done[row]:
-                    said[row].append(token)
-            if all(done) or number + 1 == room:
-                break
-            logits, cache = self.language.step(chosen, cache)
-        return said
+            closing = torch.tensor([self.closing], device=device).expand(len(waves), -1)
+            most = min(limit, self.context - int(counts.max()) - len(self.closing))
+            ends = {self.tokenizer.eos, self.tokenizer.bos}
+            said = greedy(self.language, (closing, None, prefix, counts), ends, most, self.tokenizer.size)
+            return [self.tokenizer.decode(ids).strip() for ids in said]
 
 
 class _Framed(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from lalia.systems.omni import conversation
 from lalia.systems.omni.mcq import Prompt, stack
-from lalia.systems.omni.sampling import choose
+from lalia.systems.omni.sampling import choose, greedy
 
 BROKEN = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -85,18 +85,7 @@ def replies(language: Any, tokenizer: Any, prompts: Sequence[Prompt], max_tokens
     all of them."""
     stops, stop_text = set(conversation.stops(tokenizer)), conversation.stop_text(tokenizer)
     room = min(max_tokens, language.context - max(prompt.size for prompt in prompts))
-    said: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
     with autocast():
-        logits, cache = language.prefill(*stack(language, prompts))
-        for number in range(room):
-            chosen = logits[:, : tokenizer.size].argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                done[row] = done[row] or token in stops
-                if not done[row]:
-                    said[row].append(token)
-            if all(done) or number + 1 == room:
-                break
-            logits, cache = language.step(chosen, cache)
+        said = greedy(language, stack(language, prompts), stops, room, tokenizer.size)
     texts = [tokenizer.decode(ids) for ids in said]
     return [(text.split(stop_text)[0] if stop_text else text).strip() for text in texts]

@@ -1,12 +1,20 @@
-"""Text from a language model, token by token, with the key-value cache. Legend: V vocabulary, W width, P audio positions."""
+"""Text from a language model, token by token, with the key-value cache.
+
+Legend: V vocabulary, W width, P audio positions.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+CIRCLE, TIMES = 24, 4
 
 
 @torch.no_grad()
@@ -51,6 +59,40 @@ def generate(
         yield token
         if number + 1 < min(max_tokens, room):
             logits, cache = model.step(torch.tensor([token], device=device), cache)
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Sequence[Any], stop: Collection[int], most: int, known: int) -> list[list[int]]:
+    """The most probable of the first ``known`` tokens after each row of ``prompt`` (tokens, lengths, prefix, prefix lengths), until
+    one of ``stop`` (not given out), ``most`` tokens, or a row that goes in circles, which is cut: see :func:`circling`."""
+    logits, cache = model.prefill(*prompt)
+    said: list[list[int]] = [[] for _ in logits]
+    done = [False] * len(said)
+    for number in range(most):
+        chosen = logits[:, :known].argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            if done[row] or token in stop:
+                done[row] = True
+                continue
+            said[row].append(token)
+            if (extra := circling(said[row])) > 0:
+                log.info("row %d says the same again and again: cut after the first time", row + 1)
+                del said[row][-extra:]
+                done[row] = True
+        if all(done) or number + 1 == most:
+            break
+        logits, cache = model.step(chosen, cache)
+    return said
+
+
+def circling(said: Sequence[int]) -> int:
+    """How many of the last tokens repeat those before them, when a run of :data:`CIRCLE` tokens or more is one piece said at least
+    :data:`TIMES` times; else 0. Greedy decoding falls into such circles and does not leave them."""
+    for period in range(1, CIRCLE + 1):
+        run = max(CIRCLE, TIMES * period)
+        if len(said) >= run and said[-run:-period] == said[-run + period :]:
+            return run - period
+    return 0
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
