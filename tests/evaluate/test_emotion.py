@@ -259,4 +259,5 @@ def test_report_holds_every_figure_and_needs_nothing_else(data: RunData, tmp_pat
         assert figure_name(figure) in page and f">{figure.value:.3f}<" in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)|https?://|@import|url\(|<script", page)
     assert SPEAKER_DEPENDENT in page and "&lt;gone&gt;" in page and "data:image/png" in page
+    assert f"<dt>System</dt><dd>{result.system}</dd>" in page and "<dt>Operating system</dt>" in page
     assert "Personalisation" in page and "Own answers and true labels" in page and "train-a" in page

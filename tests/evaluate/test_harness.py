@@ -186,6 +186,7 @@ def test_report_holds_every_figure_and_needs_nothing_else(rows: list[Row], tmp_p
     assert "<b>bold</b>" not in html and "&lt;b&gt;bold&lt;/b&gt; &amp; brave" in html
     assert "gone&lt;i&gt;" in html and "1 &lt; 2 minutes" in html and "no goodbyes" in html
     assert html.count("<audio") == 3 * len(rows) - 1 and "polyline" in html and "loss/g/mel" in html
+    assert f"<dt>System</dt><dd>{result.system}</dd>" in html and "<dt>Operating system</dt>" in html
     assert "How the figures moved" in html and "step 1" in html and wording.reading(result) in html
 
 

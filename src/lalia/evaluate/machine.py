@@ -17,7 +17,7 @@ def machine() -> dict[str, str]:
         "Cores": f"{os.cpu_count()} ({torch.get_num_threads()} torch threads)",
         "Memory": _memory(),
         "Accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "System": platform.platform(terse=True),
+        "Operating system": platform.platform(terse=True),
         "Versions": f"Lalia {_version('lalia')}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"numpy {_version('numpy')}, transformers {_version('transformers')}",
     }

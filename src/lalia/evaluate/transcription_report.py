@@ -183,7 +183,7 @@ def _quoted(text: str) -> str:
 
 def _facts(evaluation: TranscriptionEvaluation, run: str | Path | None) -> str:
     facts = {
-        "Model": evaluation.system,  # "System" is the machine's
+        "System": evaluation.system,
         "Parameters": f"{evaluation.parameters:,}" if evaluation.parameters else "",
         "Test rows": f"{evaluation.corpus_rows:,}",
         "Evaluation took": duration(evaluation.seconds),
