@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lalia.evaluate.emotion_results import CALIBRATION, EmotionEvaluation, figure_name
 from lalia.evaluate.page import page
-from lalia.evaluate.report import image, losses, run_facts, terms
+from lalia.evaluate.report import facts_section, image, losses, method_section
 from lalia.evaluate.results import Figure
-from lalia.logs import METRICS, duration
+from lalia.logs import METRICS
 from lalia.runfolder import write_atomic
 
 #: colours of the page, in the order of the dimensions; the mean comes last
@@ -23,6 +23,7 @@ METHOD = (
     "Levels to compare with (independent speakers, audio alone): on IEMOCAP a CCC of about .67 for arousal and .58 for valence is "
     "the published state of the art. Figures of a random split, in which speakers leak, are higher and mean something else.",
 )
+UNHEARD = "turns could not be heard and are in no figure; others were judged without them"
 
 
 def write_emotion_report(
@@ -45,8 +46,8 @@ def write_emotion_report(
         _feedback(evaluation),
         losses(Path(run) / METRICS) if run else "",
         "<h2>All figures</h2>" + table(evaluation.figures),
-        _facts(evaluation, run),
-        _method(evaluation),
+        facts_section(evaluation, run),
+        method_section(METHOD, evaluation.skipped, UNHEARD),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page(title, "\n".join(section for section in sections if section)))
@@ -172,27 +173,6 @@ def _feedback(evaluation: EmotionEvaluation) -> str:
         f"{score(forced.value)}; with its own answers, {score(own.value)}. The gap is {score(gap.value)} ({spread(gap)})."
     )
     return f"<h2>Own answers and true labels</h2><p>{html.escape(text)}</p>"
-
-
-def _facts(evaluation: EmotionEvaluation, run: str | Path | None) -> str:
-    facts = {
-        "System": evaluation.system,
-        "Parameters": f"{evaluation.parameters:,}" if evaluation.parameters else "",
-        "Test rows": f"{evaluation.corpus_rows:,}",
-        "Evaluation took": duration(evaluation.seconds),
-        **(run_facts(Path(run))[0] if run else {}),
-        **evaluation.machine,
-    }
-    return f"<h2>Training and machine</h2><dl>{terms(facts.items())}</dl>"
-
-
-def _method(evaluation: EmotionEvaluation) -> str:
-    lines = list(METHOD)
-    skipped = ""
-    if evaluation.skipped:
-        lines.append(f"{len(evaluation.skipped)} turns could not be heard and are in no figure; others were judged without them:")
-        skipped = f'<dl class="small">{terms(evaluation.skipped.items())}</dl>'
-    return "<h2>How it was measured</h2>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + skipped
 
 
 def figure_lines(evaluation: EmotionEvaluation) -> list[str]:

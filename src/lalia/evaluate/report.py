@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import soundfile
 
@@ -17,6 +18,8 @@ from lalia.evaluate.page import page
 from lalia.evaluate.results import CONDITIONS, RESYNTHESIS, SPEECH, ClipResult, ConditionResult, Evaluation, Figure
 from lalia.logs import METRICS, curve_groups, duration, read_metrics
 from lalia.runfolder import write_atomic
+
+UNUSED = "rows could not be used and are in no figure"
 
 EXAMPLES = 8
 LONGEST_EXAMPLE = 9.0  # seconds; longer clips make a page that no phone opens
@@ -272,6 +275,26 @@ def _facts(training: Mapping[str, str], last: Evaluation) -> str:
     return f"<h2>Training and machine</h2><dl>{terms({**model, **training, **last.machine}.items())}</dl>"
 
 
+def facts_section(evaluation: Any, run: str | Path | None) -> str:
+    """Training and machine, of any evaluation that holds ``system``, ``parameters``, ``corpus_rows``, ``seconds``, ``machine``."""
+    facts = {
+        "System": evaluation.system,
+        "Parameters": f"{evaluation.parameters:,}" if evaluation.parameters else "",
+        "Test rows": f"{evaluation.corpus_rows:,}",
+        "Evaluation took": duration(evaluation.seconds),
+        **(run_facts(Path(run))[0] if run else {}),
+        **evaluation.machine,
+    }
+    return f"<h2>Training and machine</h2><dl>{terms(facts.items())}</dl>"
+
+
+def method_section(lines: Sequence[str], skipped: Mapping[str, str], about: str = UNUSED) -> str:
+    """How it was measured, a paragraph a line, and what was left out: ``about`` says why."""
+    told = [*lines, *([f"{len(skipped)} {about}:"] if skipped else [])]
+    listed = f'<dl class="small">{terms(skipped.items())}</dl>' if skipped else ""
+    return "<h2>How it was measured</h2>" + "".join(f"<p>{_text(line)}</p>" for line in told) + listed
+
+
 def terms(items: Iterable[tuple[str, str]]) -> str:
     """The body of a ``<dl>``; items without a value are left out."""
     return "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in items if value)
@@ -292,11 +315,7 @@ def _method(last: Evaluation) -> str:
     failed = [f"{len(last.failures(c))} without {c}" for c in (RESYNTHESIS, SPEECH) if last.failures(c)]
     if failed:
         lines.append(f"Clips for which the system gave no sound: {', '.join(failed)}. They count as wholly wrong.")
-    skipped = ""
-    if last.skipped:
-        lines.append(f"{len(last.skipped)} rows could not be used and are in no figure:")
-        skipped = f'<dl class="small">{terms(last.skipped.items())}</dl>'
-    return "<h2>How it was measured</h2>" + "".join(f"<p>{_text(line)}</p>" for line in lines) + skipped
+    return method_section(lines, last.skipped)
 
 
 def _all_clips(last: Evaluation) -> str:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -250,7 +251,7 @@ def judged(heard: Sequence[Heard], silence: str | None = None) -> list[Transcrip
     clips = []
     for number, (one, form) in enumerate(zip(heard, forms, strict=True)):
         said = {REAL: one.text}
-        later = [*range(number + 1, len(heard)), *range(number)]
+        later = chain(range(number + 1, len(heard)), range(number))
         other = next((heard[place] for place in later if forms[place] != form), None)
         said |= {OTHER: other.text} if other else {}
         said |= {SILENT: silence} if silence is not None else {}

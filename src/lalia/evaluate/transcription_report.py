@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lalia.evaluate.page import page
-from lalia.evaluate.report import image, losses, run_facts, terms
+from lalia.evaluate.report import facts_section, image, losses, method_section
 from lalia.evaluate.results import Figure
 from lalia.evaluate.transcription import OTHER, REAL, SILENT, Transcript, TranscriptionEvaluation
 from lalia.evaluate.wording import FIGURE_NAMES, interval, number
-from lalia.logs import METRICS, duration
+from lalia.logs import METRICS
 from lalia.runfolder import write_atomic
 
 SHOWN = 5  # of the worst clips, and of the typical ones
@@ -53,8 +53,8 @@ def write_transcription_report(
         _picture((Path(folder) if folder else out.parent) / ALIGNMENT, evaluation),
         _examples(evaluation),
         losses(Path(run) / METRICS) if run else "",
-        _facts(evaluation, run),
-        _method(evaluation),
+        facts_section(evaluation, run),
+        method_section([*METHOD, *evaluation.notes], evaluation.skipped),
         _all_clips(evaluation),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -179,27 +179,6 @@ def _heard(clip: Transcript) -> str:
 
 def _quoted(text: str) -> str:
     return _text(text) or '<span class="soft">(nothing)</span>'
-
-
-def _facts(evaluation: TranscriptionEvaluation, run: str | Path | None) -> str:
-    facts = {
-        "System": evaluation.system,
-        "Parameters": f"{evaluation.parameters:,}" if evaluation.parameters else "",
-        "Test rows": f"{evaluation.corpus_rows:,}",
-        "Evaluation took": duration(evaluation.seconds),
-        **(run_facts(Path(run))[0] if run else {}),
-        **evaluation.machine,
-    }
-    return f"<h2>Training and machine</h2><dl>{terms(facts.items())}</dl>"
-
-
-def _method(evaluation: TranscriptionEvaluation) -> str:
-    lines = [*METHOD, *evaluation.notes]
-    skipped = ""
-    if evaluation.skipped:
-        lines.append(f"{len(evaluation.skipped)} rows could not be used and are in no figure:")
-        skipped = f'<dl class="small">{terms(evaluation.skipped.items())}</dl>'
-    return "<h2>How it was measured</h2>" + "".join(f"<p>{_text(line)}</p>" for line in lines) + skipped
 
 
 def _all_clips(evaluation: TranscriptionEvaluation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def test_pieces_are_whole_characters(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from lalia.systems.omni import chat_decode
 
     tokens = list("né, 你".encode()) + [BYTES.eos, 65]
-    monkeypatch.setattr(chat_decode, "_tokens", lambda *_: iter(tokens))
+    monkeypatch.setattr(chat_decode, "generate", lambda *_, stop, **__: takewhile(lambda token: token not in stop, tokens))
     found = list(chat(tmp_path).reply([Message("user", "Hi")]))
     assert found == ["n", "é", ",", " ", "你"]
 

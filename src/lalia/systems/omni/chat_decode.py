@@ -10,7 +10,7 @@ import torch
 
 from lalia.systems.omni import conversation
 from lalia.systems.omni.mcq import Prompt, stack
-from lalia.systems.omni.sampling import choose, greedy
+from lalia.systems.omni.sampling import generate, greedy
 
 BROKEN = "\ufffd"  # what a tokenizer decodes the first bytes of an unfinished character to
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -28,12 +28,20 @@ def pieces(
     stops, stop_text = set(conversation.stops(tokenizer)), conversation.stop_text(tokenizer)
 
     def run() -> Iterator[str]:
-        generator = torch.Generator().manual_seed(seed)
         said, ids = "", list[int]()
-        count = min(max_tokens, language.context - prompt.size)
-        for token in _tokens(language, prompt, count, temperature, top_k, generator, autocast, tokenizer.size):
-            if token in stops:
-                break
+        tokens = generate(
+            language,
+            prompt.tokens,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            stop=stops,
+            prefix=prompt.soft,
+            known=tokenizer.size,
+            autocast=autocast,
+        )
+        for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
             if stop_text and stop_text in text:
@@ -56,27 +64,6 @@ def pieces(
 def _overlap(text: str, mark: str) -> int:
     """Longest end of ``text`` that begins ``mark``."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
-
-
-def _tokens(
-    language: Any,
-    prompt: Prompt,
-    count: int,
-    temperature: float,
-    top_k: int,
-    generator: torch.Generator,
-    autocast: Autocast,
-    known: int,
-) -> Iterator[int]:
-    """Tokens of a reply, of the first ``known``: a table of embeddings may be larger than the tokenizer."""
-    with torch.no_grad(), autocast():
-        logits, cache = language.prefill(*stack(language, [prompt]))
-    for number in range(count):
-        token = choose(logits[0, :known], temperature, top_k, generator)
-        yield token
-        if number + 1 < count:
-            with torch.no_grad(), autocast():
-                logits, cache = language.step(torch.tensor([token], device=logits.device), cache)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lalia.runfolder import CONFIG, RunFolder, pointed, step_of
 from lalia.safeload import partial_load
 from lalia.sections import ExternalModel
 from lalia.systems.omni.language import HfLanguage, describe_language
-from lalia.systems.omni.tokenizers import HfTokenizer
+from lalia.systems.omni.tokenizers import HfTokenizer, tokenizer_from_dict
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         state = "step 0" if found else "no checkpoint"
         raise BaseError(f"base: {folder} has no trained step ({state}), so it is random; {_ADVICE}")
     tables = RunFolder(run).read_tables()
-    size = _vocabulary(tables["tokenizer"])
-    shape = config["model"].gpt(size)
+    shape = config["model"].gpt(tokenizer_from_dict(tables["tokenizer"]).size)
     log.info("the language model is %s, step %d", run, found.step)
     return {"kind": GPT, "language": asdict(shape), "tokenizer": tables["tokenizer"], "origin": str(folder), "step": found.step}
 
@@ -112,12 +111,6 @@ def _set_of(folder: Path) -> CheckpointSet | None:
     if step_of(folder.name) is not None or pointed(folder.parent, folder.name):
         return checkpoint.open_set(folder.resolve())
     return checkpoint.best_set(folder) or checkpoint.latest_set(folder)
-
-
-def _vocabulary(tokenizer: Mapping[str, Any]) -> int:
-    from lalia.systems.omni.tokenizers import tokenizer_from_dict
-
-    return tokenizer_from_dict(tokenizer).size
 
 
 def build_language(description: Mapping[str, Any]) -> Any:

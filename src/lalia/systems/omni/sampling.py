@@ -6,7 +6,8 @@ Legend: V vocabulary, W width, P audio positions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     prefix: Tensor | None = None,
+    known: int | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[int]:
     """Tokens after ``prompt`` until one of ``stop`` (not given out), ``max_tokens``, or the end of the context.
 
@@ -38,6 +41,8 @@ def generate(
         prompt: at least one token; begins with the document mark.
         temperature: 0 = greedy. top_k: only the so many most probable tokens; 0 = all.
         prefix: audio before the prompt, [P, W].
+        known: only the so many first tokens: a table of embeddings may be larger than the tokenizer. None = all.
+        autocast: made anew around each pass, since none may be held across a ``yield``.
 
     Raises:
         ValueError: an empty prompt, one that leaves no place in the context, a negative temperature, count or ``top_k``.
@@ -51,14 +56,16 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     tokens = torch.tensor([list(prompt)], device=device)
-    logits, cache = model.prefill(tokens, None, None if prefix is None else prefix[None], None)
+    with autocast():
+        logits, cache = model.prefill(tokens, None, None if prefix is None else prefix[None], None)
     for number in range(min(max_tokens, room)):
-        token = choose(logits[0], temperature, top_k, generator)
+        token = choose(logits[0, :known], temperature, top_k, generator)
         if token in stop:
             return
         yield token
         if number + 1 < min(max_tokens, room):
-            logits, cache = model.step(torch.tensor([token], device=device), cache)
+            with autocast():
+                logits, cache = model.step(torch.tensor([token], device=device), cache)
 
 
 @torch.no_grad()
